@@ -1,0 +1,68 @@
+"""One command-line parser and one way to fail, for every script.
+
+tyro is the parser: it reads options and their help from a dataclass and its comments, takes --max_steps and
+--max-steps alike, names the nearest flag for an unknown one, and starts in a tenth of a second.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+Args = TypeVar("Args")
+
+
+class UserError(Exception):
+    """Something the user can put right: the message says what is wrong, where, and what to do."""
+
+
+def run(main: Callable[[Any], None], options: type, argv: list[str] | None = None) -> None:
+    """Reads the command line into the dataclass `options` (or a union of them: subcommands) and calls main with it.
+
+    A UserError ends the process with its one line and exit code 2, as a wrong flag does.
+    """
+    try:
+        main(parse(options, sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output left, as in `... | head`: nobody is there to be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def parse(options: type[Args], argv: list[str]) -> Args:
+    """argv -> options. `--config FILE.yaml` sets options; flags on the command line win over it."""
+    argv = [flag for flag in argv if not flag.startswith("--local_rank")]  # DeepSpeed's launcher adds it
+    command, flags = argv[: first_flag(argv)], argv[first_flag(argv) :]
+    if "--config" in flags:
+        at = flags.index("--config")
+        if at + 1 == len(flags):
+            raise UserError("--config needs the path of a YAML file")
+        flags = yaml_flags(flags[at + 1]) + flags[:at] + flags[at + 2 :]
+    return tyro.cli(options, args=command + flags, config=(tyro.conf.OmitSubcommandPrefixes,), use_underscores=True)
+
+
+def first_flag(argv: list[str]) -> int:
+    """Index of the first word that starts with a dash; words before it name a subcommand."""
+    return next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+
+
+def yaml_flags(path: str) -> list[str]:
+    """A YAML mapping of option names to values, as the flags one would have typed."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} must hold one option a line, as in `max_steps: 100`")
+    flags: list[str] = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
