@@ -1,0 +1,439 @@
+"""The model: a Llama-3-style decoder, dense or with a DeepSeek-V2-style mixture of experts.
+
+Letters in shape comments and names: B batch, T time (tokens of this call), S tokens that can be looked at (earlier
+ones from the cache, then T), D model width, H query heads, K key/value heads, d width of a head, F feed-forward width,
+E routed experts, k experts a token visits, V vocabulary, N = B·T.
+
+Read it from top to bottom: the parts in the order in which a token meets them, then `Block`, then `Transformer`.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+from .LMConfig import LMConfig
+
+IGNORED_LABEL = -100
+TOKENS_PER_CHUNK = 1024  # of the loss: their logits (of 32,000 tokens: 131 MB) are the most that exist at once
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension, in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        return scaled.type_as(x) * self.weight
+
+
+def rotary_tables(position_ids: Tensor, head_dim: int, theta: float, scaling: float | None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE's angles, position · theta^(-2i/d) (Su et al. 2021): two tensors [B, T, 1, d/2].
+
+    `scaling` divides the positions (linear interpolation, Chen et al. 2023). The tables are cheap, so they are made
+    anew for each call: nothing has to be stored with the weights or ends at a longest context.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
+    frequencies = 1.0 / theta**exponents  # d/2
+    positions = position_ids.float() / (scaling or 1.0)
+    angles = positions[:, :, None, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair of neighbouring features (2i, 2i+1) by its angle."""
+    even, odd = x_BTHd.float().unflatten(-1, (-1, 2)).unbind(-1)  # each B T H d/2
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).type_as(x_BTHd)
+
+
+def visible_keys(
+    T: int, past: int, attention_mask: Tensor | None, position_ids: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """Which keys each query may look at: bool [B or 1, 1, T, S]; None where plain causal attention is meant.
+
+    `attention_mask` [B, S] marks padding with 0. Without one and without a cache, `position_ids` [B, T] tell packed
+    segments apart: where a position is not its predecessor plus one, a new segment begins.
+    """
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+    packed = attention_mask is None and position_ids is not None and past == 0
+    if attention_mask is None and not packed and (past == 0 or T == 1):
+        return None
+    keys = torch.arange(past + T, device=device)
+    queries = keys[past:, None]
+    causal = keys <= queries  # T S
+    if packed:
+        starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+        segments = F.pad(starts.cumsum(-1), (1, 0))  # B T
+        return (causal & (segments[:, :, None] == segments[:, None, :]))[:, None]
+    if attention_mask is not None:
+        # A padded query sees at least itself: a softmax over nothing is not a number.
+        return causal & (attention_mask[:, None, None, :].bool() | (keys == queries))
+    return causal[None, None]
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped queries: H/K query heads share a key/value head (Ainslie et al. 2023)."""
+
+    def __init__(self, config: LMConfig, layer_index: int):
+        super().__init__()
+        self.layer_index = layer_index
+        self.head_dim = config.dim // config.n_heads
+        self.wq = nn.Linear(config.dim, config.n_heads * self.head_dim, bias=False)
+        self.wk = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
+        self.wo = nn.Linear(config.n_heads * self.head_dim, config.dim, bias=False)
+        self.wo.is_residual_output = True
+        self.dropout = config.dropout
+        self.attend = attend_fused if config.flash_attn else attend_plainly
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        heads = (-1, self.head_dim)
+        q = apply_rotary(self.wq(x).unflatten(-1, heads), cos, sin).transpose(1, 2)  # B H T d
+        k = apply_rotary(self.wk(x).unflatten(-1, heads), cos, sin).transpose(1, 2)  # B K T d
+        v = self.wv(x).unflatten(-1, heads).transpose(1, 2)  # B K T d
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_index)  # B K S d
+        y = self.attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        y = self.wo(y.transpose(1, 2).flatten(-2))  # B T D
+        return F.dropout(y, self.dropout, self.training)
+
+
+def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """PyTorch's fused kernels (FlashAttention on a GPU): no [T, S] matrix in memory, no copies of k and v."""
+    causal = mask is None and q.shape[2] > 1
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """softmax(q kᵀ / √d) v, as in the textbook: what the fused kernel computes."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # B H S d
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # B H T S
+    if mask is None:
+        T, S = scores.shape[-2:]
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    weights = scores.masked_fill(~mask, float("-inf")).float().softmax(-1).type_as(q)
+    return F.dropout(weights, dropout) @ v
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) · w3 x) (Shazeer 2020)."""
+
+    def __init__(self, dim: int, hidden_dim: int, dropout: float):
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w2.is_residual_output = True
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)), self.dropout, self.training)
+
+
+class Routing(NamedTuple):
+    """What a mixture-of-experts layer tells about its choices."""
+
+    balance: Tensor  # [B] how unevenly each row's tokens use the experts: 1 is even, E/k the worst
+    load: Tensor  # [E] share of the tokens' visits that each expert got
+
+
+class MoEFeedForward(nn.Module):
+    """Shared experts see every token, routed experts the tokens whose router ranks them in its top k.
+
+    DeepSeek-V2 (DeepSeek-AI 2024, section 2.2): y = shared(x) + Σ_i weight_i · expert_i(x).
+    """
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.k = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        self.seq_aux = config.seq_aux
+        sizes = (config.dim, config.hidden_dim, config.dropout)
+        self.experts = nn.ModuleList(FeedForward(*sizes) for _ in range(config.n_routed_experts))
+        self.gate = nn.Linear(config.dim, config.n_routed_experts, bias=False)
+        if config.n_shared_experts:  # several shared experts are one wide one
+            width = config.n_shared_experts * config.hidden_dim
+            self.shared_experts = FeedForward(config.dim, width, config.dropout)
+        else:
+            self.shared_experts = None
+
+    def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """real_BT: False at padding, which does not count in the balance."""
+        scores_BTE = self.gate(x_BTD).float().softmax(-1)
+        weights_BTk, chosen_BTk = scores_BTE.topk(self.k, dim=-1)
+        if self.norm_topk_prob:
+            weights_BTk = weights_BTk / weights_BTk.sum(-1, keepdim=True)
+        y = self.visit_experts(x_BTD.flatten(0, 1), weights_BTk.flatten(0, 1), chosen_BTk.flatten(0, 1))
+        y = y.view_as(x_BTD)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(x_BTD)
+        return y, routing(scores_BTE, chosen_BTk, real_BT, self.seq_aux)
+
+    def visit_experts(self, x_ND: Tensor, weights_Nk: Tensor, chosen_Nk: Tensor) -> Tensor:
+        """Sorts the N·k visits by expert, so that each expert works once, on all of its tokens."""
+        order = chosen_Nk.flatten().argsort(stable=True)  # N·k visits; visit j is of token j // k
+        tokens = order // self.k
+        visits_per_expert = chosen_Nk.flatten().bincount(minlength=len(self.experts)).tolist()
+        inputs = x_ND[tokens].split(visits_per_expert)
+        # An expert without tokens is called all the same, so that every process trains the same parameters.
+        outputs = torch.cat([expert(x) for expert, x in zip(self.experts, inputs, strict=True)])
+        outputs = outputs * weights_Nk.flatten()[order, None].type_as(outputs)
+        return torch.zeros_like(x_ND, dtype=outputs.dtype).index_add(0, tokens, outputs)
+
+
+def routing(scores_BTE: Tensor, chosen_BTk: Tensor, real_BT: Tensor | None, per_row: bool) -> Routing:
+    """Balance Σ_i f_i P_i: f_i is E/k times expert i's share of the tokens, P_i its mean score (DeepSeek-V2, eq. 23).
+
+    Only P has a gradient: it lowers the scores of the experts that are visited most.
+    """
+    B, T, E = scores_BTE.shape
+    k = chosen_BTk.shape[-1]
+    real = scores_BTE.new_ones(B, T) if real_BT is None else real_BT.to(scores_BTE.dtype)
+    visits_BTE = F.one_hot(chosen_BTk, E).sum(2) * real[:, :, None]
+    visits_BE, scores_BE, tokens_B1 = visits_BTE.sum(1), (scores_BTE * real[:, :, None]).sum(1), real.sum(1)[:, None]
+    load = visits_BE.sum(0) / (k * real.sum())
+    if not per_row:
+        visits_BE, scores_BE, tokens_B1 = (x.sum(0).expand(B, -1) for x in (visits_BE, scores_BE, tokens_B1))
+    f = visits_BE * E / (k * tokens_B1)
+    P = scores_BE / tokens_B1
+    return Routing((f * P).sum(-1), load)
+
+
+class Block(GradientCheckpointingLayer):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: LMConfig, layer_index: int):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config, layer_index)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.is_moe = config.use_moe
+        if config.use_moe:
+            self.feed_forward = MoEFeedForward(config)
+        else:
+            self.feed_forward = FeedForward(config.dim, config.hidden_dim, config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        real: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> tuple[Tensor, Routing | None]:
+        x = x + self.attention(self.attention_norm(x), cos, sin, mask, past_key_values)
+        if self.is_moe:
+            y, routing = self.feed_forward(self.ffn_norm(x), real)
+            return x + y, routing
+        return x + self.feed_forward(self.ffn_norm(x)), None
+
+
+class OutputHead(nn.Linear):
+    """Hidden states -> logits, or with labels straight to the summed loss."""
+
+    def __init__(self, config: LMConfig):
+        super().__init__(config.dim, config.vocab_size, bias=False)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is None:
+            return super().forward(x)  # B T V
+        return SummedCrossEntropy.apply(x.flatten(0, -2), self.weight, labels.flatten())
+
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """Σ -log softmax(x Wᵀ)[label] over tokens whose label is not -100, without ever holding all logits.
+
+    A chunk of tokens at a time: as long as its logits exist they give the loss and also the gradient, softmax minus
+    one-hot; `backward` only scales what was kept. (With 6,400 tokens and more to choose from, logits are by far the
+    largest tensor of a small model.)
+    """
+
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
+        x_grad, weight_grad = None, None
+        if ctx.needs_input_grad[0]:
+            x_grad = torch.empty_like(x_ND)
+        if ctx.needs_input_grad[1]:
+            weight_grad = torch.zeros_like(weight_VD, dtype=torch.float32)
+        total = torch.zeros((), device=x_ND.device)
+        for start in range(0, len(x_ND), TOKENS_PER_CHUNK):
+            x, labels = x_ND[start : start + TOKENS_PER_CHUNK], labels_N[start : start + TOKENS_PER_CHUNK, None]
+            trained = labels != IGNORED_LABEL
+            labels = labels.where(trained, 0)
+            logits = F.linear(x, weight_VD).float()
+            normalizer = logits.logsumexp(-1, keepdim=True)
+            total += ((normalizer - logits.gather(-1, labels)) * trained).sum()
+            if x_grad is None and weight_grad is None:
+                continue
+            error = logits.sub_(normalizer).exp_()  # now the probabilities ...
+            error.scatter_add_(-1, labels, torch.full_like(labels, -1, dtype=error.dtype))  # ... minus one-hot
+            error = error.mul_(trained).type_as(x)
+            if x_grad is not None:
+                x_grad[start : start + TOKENS_PER_CHUNK] = error @ weight_VD
+            if weight_grad is not None:
+                weight_grad += error.T @ x
+        ctx.save_for_backward(x_grad, weight_grad)
+        ctx.weight_dtype = weight_VD.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, scale: Tensor):
+        x_grad, weight_grad = ctx.saved_tensors
+        return (
+            None if x_grad is None else x_grad * scale.to(x_grad.dtype),
+            None if weight_grad is None else (weight_grad * scale).to(ctx.weight_dtype),
+            None,
+        )
+
+
+@dataclass
+class LMOutput(ModelOutput):
+    """What `Transformer` returns; what was not asked for is None."""
+
+    loss: Tensor | None = None  # scalar, the balance loss included
+    logits: Tensor | None = None  # [B, T, V]; None where labels were given
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None  # n_layers + 1 of [B, T, D]: before each block, and the last one
+    last_hidden_state: Tensor | None = None  # [B, T, D], after the final norm
+    aux_loss: Tensor | None = None  # scalar, the balance loss alone, weighted as it is in `loss`
+    expert_load: Tensor | None = None  # [n_layers, E] share of the visits; 1/E everywhere is even
+
+
+class Transformer(PreTrainedModel, GenerationMixin):
+    """The language model. Embedding and output head are one matrix."""
+
+    config_class = LMConfig
+    _tied_weights_keys = {"output.weight": "tok_embeddings.weight"}
+    _no_split_modules = ["Block"]
+    _supports_sdpa = True
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: LMConfig):
+        super().__init__(config)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = OutputHead(config)
+        self.post_init()  # fresh weights, tied head
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.tok_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.tok_embeddings = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.output
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.output = value
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal weights; those that write to the residual stream are smaller, as 2·n_layers of them add up (GPT-2)."""
+        std = self.config.initializer_range
+        if getattr(module, "is_residual_output", False):
+            std /= (2 * self.config.n_layers) ** 0.5
+        if isinstance(module, nn.Linear | nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool = False,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        return_dict: bool = True,
+        **kwargs,  # generation and trainers hand over more than a plain decoder has a use for
+    ) -> LMOutput | tuple:
+        """Token ids [B, T] -> logits, or with `labels` the loss.
+
+        Args:
+            attention_mask: [B, S], 0 at padding (on either side), earlier tokens of the cache included.
+            position_ids: [B, T]. Without an attention mask and a cache, a position that is not its predecessor plus
+                one begins a new segment, and tokens see their own segment only (packed documents).
+            labels: [B, T], the same as input_ids, -100 where nothing is to be learnt; shifted here.
+            logits_to_keep: how many of the last positions get logits, or their indices; 0 means all.
+            num_items_in_batch: trained tokens of the global batch; the loss is a sum divided by it (default: those
+                of this call, which makes it a mean).
+        """
+        x = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # B T D
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        T = x.shape[1]
+        mask = visible_keys(T, past, attention_mask, position_ids, x.device)
+        real = attention_mask[:, -T:] if attention_mask is not None and attention_mask.dim() == 2 else None
+        if position_ids is None:
+            position_ids = default_positions(T, past, attention_mask if real is not None else None, x.device)
+        config = self.config
+        cos, sin = rotary_tables(position_ids, config.dim // config.n_heads, config.rope_theta, config.rope_scaling)
+
+        x = F.dropout(x, config.dropout, self.training)
+        hidden_states, routings = [x], []
+        for layer in self.layers:
+            x, routing = layer(x, cos, sin, mask, real, past_key_values=past_key_values)
+            hidden_states.append(x)
+            routings.append(routing)
+        x = hidden_states[-1] = self.norm(x)
+
+        output = LMOutput(last_hidden_state=x, past_key_values=past_key_values)
+        if output_hidden_states:
+            output.hidden_states = tuple(hidden_states)
+        if config.use_moe:
+            output.expert_load = torch.stack([routing.load for routing in routings])
+        if labels is None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            output.logits = self.output(x[:, kept])
+        else:
+            self.add_loss(output, labels, routings, num_items_in_batch)
+        return output if return_dict else output.to_tuple()
+
+    def add_loss(
+        self, output: LMOutput, labels: Tensor, routings: list[Routing | None], num_items: int | Tensor | None
+    ) -> None:
+        """Fills in `loss`, and for a mixture of experts `aux_loss`.
+
+        A row's balance counts with its trained tokens / num_items, as its cross-entropy does: so the loss of a global
+        batch does not depend on how its rows are spread over processes and micro-batches.
+        """
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # what comes next; nothing after the last token
+        trained_per_row = (labels != IGNORED_LABEL).sum(-1)  # B
+        if num_items is None:
+            num_items = trained_per_row.sum().clamp(min=1)
+        output.loss = self.output(output.last_hidden_state, labels) / num_items
+        if self.config.use_moe:
+            balance = torch.stack([routing.balance for routing in routings]).sum(0)  # B, summed over layers
+            output.aux_loss = self.config.aux_loss_alpha * (balance * trained_per_row).sum() / num_items
+            output.loss = output.loss + output.aux_loss
+
+
+def default_positions(T: int, past: int, attention_mask: Tensor | None, device: torch.device) -> Tensor:
+    """Positions [B or 1, T] after `past` cached tokens; padding does not count."""
+    if attention_mask is None:
+        return torch.arange(past, past + T, device=device)[None]
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
