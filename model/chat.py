@@ -59,9 +59,7 @@ def encode(
     return [i for turn in turns for i in turn.ids], [m for turn in turns for m in turn.mask]
 
 
-def encode_turns(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]]
-) -> list[list[Turn]]:
+def encode_turns(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]]) -> list[list[Turn]]:
     """Many conversations -> their turns; all texts go through the tokenizer in one batch, which is far faster."""
     roles = [[turn_role(message) for message in messages] for messages in conversations]
     texts = [message["content"] for messages in conversations for message in messages]

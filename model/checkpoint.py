@@ -1,0 +1,214 @@
+"""Weights on disk: a plain state dict NAME.pth, and NAME.json that says what it is.
+
+The tokenizer lies beside them, in tokenizer/HASH/, so that a folder of checkpoints can be moved or handed on.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .cli import UserError
+from .LMConfig import LMConfig
+from .model import Transformer
+from .tokenizer import FILES, SHIPPED, load_tokenizer, tokenizer_hash
+
+LMCONFIG_FIELDS = tuple(LMConfig.__annotations__)
+
+
+def weights_path(out_dir: str | Path, stage: str, config: LMConfig) -> Path:
+    """`stage` is the name's beginning, folders included: "pretrain" -> out/pretrain_512.pth."""
+    return Path(out_dir) / f"{stage}_{config.dim}{'_moe' if config.use_moe else ''}.pth"
+
+
+def save_weights(path: Path, model: Transformer, tokenizer_dir: str | Path, **facts: Any) -> None:
+    """Writes NAME.pth, NAME.json and the tokenizer. Whatever moment the process dies at, what is there can be loaded.
+
+    Args:
+        facts: what else the JSON shall say: stage, step, tokens, ...
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".pth.tmp")
+    torch.save({key: value.detach().cpu() for key, value in model.state_dict().items()}, temporary)
+    flush(temporary)
+    previous = read_description(path).get("sha256") if path.with_suffix(".json").is_file() else None
+    description = {
+        **facts,
+        "config": {name: getattr(model.config, name) for name in LMCONFIG_FIELDS},
+        "tokenizer": copy_tokenizer(Path(tokenizer_dir), path.parent),
+        "tokenizer_sha256": tokenizer_hash(tokenizer_dir),
+        "sha256": file_hash(temporary),
+        # The two files cannot change in one instant: between the renames the JSON fits old weights and new ones.
+        "previous_sha256": previous,
+    }
+    write_json(path.with_suffix(".json"), description)
+    os.replace(temporary, path)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> str:
+    """Copies a tokenizer to folder/tokenizer/HASH, once; returns that path, relative to the folder."""
+    name = f"tokenizer/{tokenizer_hash(source)[:12]}"
+    if not (folder / name).is_dir():
+        temporary = folder / f"{name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(source, temporary)
+        os.replace(temporary, folder / name)
+    return name
+
+
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", tokenizer: str | Path | None = None, **overrides: Any
+) -> tuple[Transformer, PreTrainedTokenizerBase]:
+    """A `.pth` (with or without its `.json`) or a transformers folder -> (model in eval mode, tokenizer).
+
+    Args:
+        tokenizer: folder to take instead of the checkpoint's own.
+        overrides: LMConfig fields to set, as in rope_scaling=2.0; None leaves a field as it is.
+
+    Raises:
+        UserError: no such file, not a checkpoint, or tensors that do not fit.
+    """
+    path = Path(path)
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    if path.is_dir():
+        model = load_folder(path, overrides)
+        found = path if has_tokenizer(path) else SHIPPED
+    elif path.is_file():
+        description = read_description(path)
+        state = read_state(path, description)
+        config = LMConfig(**(description.get("config") or infer_config(state, overrides)) | overrides)
+        model = build(config, state, path)
+        found = path.parent / description["tokenizer"] if description else SHIPPED
+    else:
+        raise UserError(f"no checkpoint at {path}")
+    loaded = load_tokenizer(tokenizer or found)
+    if len(loaded) > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {tokenizer or found} has {len(loaded)} tokens, {path} only "
+            f"{model.config.vocab_size}: name the right one with --tokenizer DIR"
+        )
+    return model.to(device).eval(), loaded
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in FILES)
+
+
+def newest_checkpoint(out_dir: str | Path, pattern: str = "**/*.pth") -> Path:
+    """The `.pth` written last. Raises UserError where there is none."""
+    found = sorted(Path(out_dir).glob(pattern), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"no checkpoint in {out_dir}: train one with 1-pretrain.py, or name one with --checkpoint")
+    return found[-1]
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """What NAME.json says of NAME.pth; {} where there is none (published weights)."""
+    file = path.with_suffix(".json")
+    if not file.is_file():
+        return {}
+    try:
+        description = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(description["config"], dict) or not isinstance(description["tokenizer"], str):
+            raise TypeError("config or tokenizer is of the wrong type")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} does not describe a checkpoint ({error}): restore it or delete it") from error
+    return description
+
+
+def read_state(path: Path, description: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a `.pth`, keys without `_orig_mod.` (torch.compile) and without attention-mask buffers."""
+    if description and file_hash(path) not in (description.get("sha256"), description.get("previous_sha256")):
+        raise UserError(f"{path} is not the file that its .json describes (sha256 differs): it is damaged or replaced")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is not a PyTorch state dict: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} is not a plain state dict of tensors")
+    state = {key.removeprefix("_orig_mod."): value for key, value in state.items()}
+    return {key: value for key, value in state.items() if key.rpartition(".")[2] != "mask"}
+
+
+def infer_config(state: dict[str, Tensor], overrides: dict[str, Any]) -> dict[str, Any]:
+    """LMConfig fields from the shapes of published weights. Heads cannot be seen: 16 unless overridden."""
+    try:
+        vocab_size, dim = state["tok_embeddings.weight"].shape
+        n_heads = overrides.get("n_heads", LMConfig.n_heads)
+        fields: dict[str, Any] = dict(vocab_size=vocab_size, dim=dim, n_heads=n_heads)
+        fields["n_layers"] = len({key.split(".")[1] for key in state if key.startswith("layers.")})
+        fields["n_kv_heads"] = state["layers.0.attention.wk.weight"].shape[0] // (dim // n_heads)
+        layer = "layers.0.feed_forward."
+        fields["use_moe"] = f"{layer}gate.weight" in state
+        if fields["use_moe"]:
+            fields["n_routed_experts"] = state[f"{layer}gate.weight"].shape[0]
+            fields["hidden_dim"] = state[f"{layer}experts.0.w1.weight"].shape[0]
+            shared = state.get(f"{layer}shared_experts.w1.weight")
+            fields["n_shared_experts"] = 0 if shared is None else shared.shape[0] // fields["hidden_dim"]
+        else:
+            fields["hidden_dim"] = state[f"{layer}w1.weight"].shape[0]
+    except KeyError as error:
+        raise UserError(f"these are not MiniMind weights: there is no tensor {error}") from error
+    return fields
+
+
+def build(config: LMConfig, state: dict[str, Tensor], path: Path) -> Transformer:
+    """A model with exactly these weights. Raises UserError that names the first tensor that does not fit."""
+    model = Transformer(config)
+    expected = model.state_dict()
+    state.setdefault("output.weight", state.get("tok_embeddings.weight", torch.empty(0)))
+    check_names(expected, state, path)
+    for key, tensor in expected.items():
+        if tensor.shape != state[key].shape:
+            raise UserError(f"{path}: {key} is {list(state[key].shape)}, but the model needs {list(tensor.shape)}")
+    model.load_state_dict(state)
+    return model
+
+
+def check_names(expected: Iterable[str], found: Iterable[str], path: Path) -> None:
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or unknown:
+        what = f"lacks {missing[0]}" if missing else f"has an unknown tensor {unknown[0]}"
+        raise UserError(f"{path} {what} ({len(missing)} missing and {len(unknown)} unknown tensors in all)")
+
+
+def load_folder(folder: Path, overrides: dict[str, Any]) -> Transformer:
+    """A transformers folder of ours, read with our own code whatever code lies in it."""
+    try:
+        config = LMConfig.from_pretrained(folder, **overrides)
+        if config.model_type != LMConfig.model_type or not (folder / "config.json").is_file():
+            raise UserError(f"{folder} holds a {config.model_type!r} model, not a {LMConfig.model_type!r} one")
+        model, report = Transformer.from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True, weights_only=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"cannot load {folder}: {str(error).splitlines()[0]}") from error
+    if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
+        raise UserError(f"the weights in {folder} do not fit their config.json: {report}")
+    return model
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+    flush(temporary)
+    os.replace(temporary, path)
+
+
+def flush(path: Path) -> None:
+    """Returns when the file is on the disk, not only in memory: a rename before that could survive without it."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,80 @@
+"""One process or many: finds out which, joins them, and offers the few collective operations that training needs."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .cli import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """This process's place among all of them."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def print(self, *words: object) -> None:
+        """Prints once, however many processes there are."""
+        if self.is_main:
+            print(*words, flush=True)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def wait(self) -> None:
+        """Returns when every process has come here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The same model, with gradients averaged over processes in its backward pass."""
+        if self.world_size == 1:
+            return model
+        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+
+
+@contextmanager
+def launch(device: str = "auto") -> Iterator[Run]:
+    """The one process, or what torchrun started: it tells each process its place in environment variables."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    chosen = pick_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world_size > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Run(int(os.environ.get("RANK", 0)), world_size, chosen)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """A device by name; `auto` is the best there is. Raises UserError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: PyTorch sees no GPU here; use --device cpu")
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"{local_rank + 1} processes on this machine, but only {torch.cuda.device_count()} GPUs")
+        return torch.device("cuda", local_rank)
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: PyTorch sees no Apple GPU here; use --device cpu")
+    return torch.device(name)

@@ -1,0 +1,81 @@
+"""Bits per byte: a held-out loss that does not depend on the tokenizer.
+
+For each document the sum of -log2 p over its tokens and the closing </s>, given the opening <s>; summed over all
+documents and divided by the UTF-8 bytes of their text. Documents longer than the context are scored in windows moved
+by half a window, each token once, with the longest context it has.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .dataset import Batch, Segment, pack, stack_rows
+from .distributed import Run
+from .model import IGNORED_LABEL, Transformer
+from .tokenizer import encode_texts
+
+
+class Score(NamedTuple):
+    bits_per_byte: float
+    loss: float  # nats per token, the closing </s> included
+    tokens: int
+    bytes: int
+
+
+@torch.no_grad()
+def score_documents(
+    model: Transformer,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_seq_len: int,
+    run: Run,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> Score:
+    """Bits per byte and loss of a model on texts; every process scores its share, all of them get the result."""
+    segments = [
+        window
+        for ids in encode_texts(tokenizer, list(texts))
+        for window in windows([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], max_seq_len)
+    ]
+    rows = pack([len(segment.ids) for segment in segments], max_seq_len)
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)][run.rank :: run.world_size]
+    nats, tokens = 0.0, 0
+    was_training = model.training
+    model.eval()
+    for batch_rows in tqdm(batches, "scoring", unit="batch", disable=not (progress and run.is_main), leave=False):
+        rows_of_segments = [[segments[i] for i in row] for row in batch_rows]
+        batch = stack_rows(rows_of_segments, max_seq_len, tokenizer.pad_token_id).to(run.device)
+        nats += summed_loss(model, batch)
+        tokens += batch.num_targets
+    model.train(was_training)
+    nats, tokens = run.sum(torch.tensor([nats, tokens], dtype=torch.float64)).tolist()
+    num_bytes = sum(len(text.encode()) for text in texts)
+    return Score(nats / math.log(2) / num_bytes, nats / tokens, int(tokens), num_bytes)
+
+
+def summed_loss(model: Transformer, batch: Batch) -> float:
+    """Nats, summed over the batch's trained tokens, without the balance loss of a mixture of experts."""
+    output = model(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels, num_items_in_batch=1
+    )
+    return float(output.loss - (output.aux_loss or 0.0))
+
+
+def windows(ids: Sequence[int], size: int) -> list[Segment]:
+    """One document's ids -> segments of at most `size` ids; labels mark the tokens that each of them scores."""
+    ids = np.asarray(ids)
+    segments = []
+    scored = 1  # the opening <s> is given
+    for start in range(0, max(1, len(ids) - size + size // 2), size // 2):
+        end = min(start + size, len(ids))
+        labels = np.full(end - start, IGNORED_LABEL)
+        labels[scored - start :] = ids[scored:end]
+        segments.append(Segment(ids[start:end], labels))
+        scored = end
+    return segments
