@@ -8,20 +8,29 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from .cli import UserError
 from .LMConfig import LMConfig
 from .model import Transformer
 from .tokenizer import FILES, SHIPPED, load_tokenizer, tokenizer_hash
 
+TOKENIZER_FILES = (
+    *FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 LMCONFIG_FIELDS = tuple(LMConfig.__annotations__)
+AutoConfig.register(LMConfig.model_type, LMConfig)  # AutoTokenizer looks at the config.json of a folder, too
 
 
 def weights_path(out_dir: str | Path, stage: str, config: LMConfig) -> Path:
@@ -37,9 +46,10 @@ def save_weights(path: Path, model: Transformer, tokenizer_dir: str | Path, **fa
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".pth.tmp")
-    torch.save({key: value.detach().cpu() for key, value in model.state_dict().items()}, temporary)
+    state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+    state["output.weight"] = state["tok_embeddings.weight"]  # from a GPU they come as two copies of one matrix
+    torch.save(state, temporary)
     flush(temporary)
-    previous = read_description(path).get("sha256") if path.with_suffix(".json").is_file() else None
     description = {
         **facts,
         "config": {name: getattr(model.config, name) for name in LMCONFIG_FIELDS},
@@ -47,7 +57,7 @@ def save_weights(path: Path, model: Transformer, tokenizer_dir: str | Path, **fa
         "tokenizer_sha256": tokenizer_hash(tokenizer_dir),
         "sha256": file_hash(temporary),
         # The two files cannot change in one instant: between the renames the JSON fits old weights and new ones.
-        "previous_sha256": previous,
+        "previous_sha256": file_hash(path) if path.is_file() else None,
     }
     write_json(path.with_suffix(".json"), description)
     os.replace(temporary, path)
@@ -59,7 +69,10 @@ def copy_tokenizer(source: Path, folder: Path) -> str:
     if not (folder / name).is_dir():
         temporary = folder / f"{name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(source, temporary)
+        temporary.mkdir(parents=True)
+        for file in TOKENIZER_FILES:
+            if (source / file).is_file():
+                shutil.copy2(source / file, temporary)
         os.replace(temporary, folder / name)
     return name
 
@@ -78,22 +91,24 @@ def load_model(
     """
     path = Path(path)
     overrides = {name: value for name, value in overrides.items() if value is not None}
+    description = read_description(path) if path.is_file() else {}
     if path.is_dir():
         model = load_folder(path, overrides)
-        found = path if has_tokenizer(path) else SHIPPED
+        own_tokenizer = path if has_tokenizer(path) else SHIPPED
     elif path.is_file():
-        description = read_description(path)
         state = read_state(path, description)
-        config = LMConfig(**(description.get("config") or infer_config(state, overrides)) | overrides)
-        model = build(config, state, path)
-        found = path.parent / description["tokenizer"] if description else SHIPPED
+        model = build((description.get("config") or infer_config(state, overrides, path)) | overrides, state, path)
+        own_tokenizer = path.parent / description["tokenizer"] if description else SHIPPED
     else:
         raise UserError(f"no checkpoint at {path}")
-    loaded = load_tokenizer(tokenizer or found)
+    folder = tokenizer or own_tokenizer
+    loaded = load_tokenizer(folder)
+    if not tokenizer and tokenizer_hash(folder) != description.get("tokenizer_sha256", tokenizer_hash(folder)):
+        raise UserError(f"{folder} is not the tokenizer {path} was trained with: name that one with --tokenizer DIR")
     if len(loaded) > model.config.vocab_size:
         raise UserError(
-            f"the tokenizer in {tokenizer or found} has {len(loaded)} tokens, {path} only "
-            f"{model.config.vocab_size}: name the right one with --tokenizer DIR"
+            f"the tokenizer in {folder} has {len(loaded)} tokens, {path} only {model.config.vocab_size}: "
+            "name the right one with --tokenizer DIR"
         )
     return model.to(device).eval(), loaded
 
@@ -102,12 +117,15 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in FILES)
 
 
-def newest_checkpoint(out_dir: str | Path, pattern: str = "**/*.pth") -> Path:
-    """The `.pth` written last. Raises UserError where there is none."""
-    found = sorted(Path(out_dir).glob(pattern), key=lambda path: path.stat().st_mtime)
+def newest_checkpoint(out_dir: str | Path, stages: Sequence[str] = ()) -> Path:
+    """The `.pth` written last: of those whose names begin with one of `stages`, or where there are none, of all.
+
+    Raises UserError where there is no `.pth`.
+    """
+    found = sorted(Path(out_dir).rglob("*.pth"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(f"no checkpoint in {out_dir}: train one with 1-pretrain.py, or name one with --checkpoint")
-    return found[-1]
+    return ([path for path in found if path.name.startswith(tuple(stages))] or found)[-1]
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -125,20 +143,33 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def read_state(path: Path, description: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a `.pth`, keys without `_orig_mod.` (torch.compile) and without attention-mask buffers."""
+    """The tensors of a `.pth`, if it is the file that its description means."""
     if description and file_hash(path) not in (description.get("sha256"), description.get("previous_sha256")):
         raise UserError(f"{path} is not the file that its .json describes (sha256 differs): it is damaged or replaced")
+    return read_tensors(path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.pth`, `.bin` or `.safetensors`; no code that such a file may hold is run.
+
+    Names come without `_orig_mod.` (torch.compile), attention-mask buffers not at all.
+    """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is not a PyTorch state dict: {str(error).splitlines()[0]}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} is not a plain state dict of tensors")
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is damaged, or holds Python objects, which could run code, beside tensors") from error
+    except Exception as error:  # unpickling damaged bytes can raise anything
+        raise UserError(f"{path} is damaged, or no weights of PyTorch at all") from error
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise UserError(f"{path} is not a plain state dict, tensors by name")
     state = {key.removeprefix("_orig_mod."): value for key, value in state.items()}
     return {key: value for key, value in state.items() if key.rpartition(".")[2] != "mask"}
 
 
-def infer_config(state: dict[str, Tensor], overrides: dict[str, Any]) -> dict[str, Any]:
+def infer_config(state: dict[str, Tensor], overrides: dict[str, Any], path: Path) -> dict[str, Any]:
     """LMConfig fields from the shapes of published weights. Heads cannot be seen: 16 unless overridden."""
     try:
         vocab_size, dim = state["tok_embeddings.weight"].shape
@@ -156,19 +187,26 @@ def infer_config(state: dict[str, Tensor], overrides: dict[str, Any]) -> dict[st
         else:
             fields["hidden_dim"] = state[f"{layer}w1.weight"].shape[0]
     except KeyError as error:
-        raise UserError(f"these are not MiniMind weights: there is no tensor {error}") from error
+        raise UserError(f"{path} does not hold MiniMind weights: there is no tensor {error}") from error
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{path} holds tensors of shapes that no MiniMind model has") from error
     return fields
 
 
-def build(config: LMConfig, state: dict[str, Tensor], path: Path) -> Transformer:
-    """A model with exactly these weights. Raises UserError that names the first tensor that does not fit."""
-    model = Transformer(config)
+def build(fields: dict[str, Any], state: dict[str, Tensor], path: Path) -> Transformer:
+    """A model of this configuration with exactly these weights; UserError names the first tensor that does not fit."""
+    try:
+        model = Transformer(LMConfig(**fields))
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"the configuration that comes with {path} makes no model: {error}") from error
     expected = model.state_dict()
     state.setdefault("output.weight", state.get("tok_embeddings.weight", torch.empty(0)))
     check_names(expected, state, path)
     for key, tensor in expected.items():
         if tensor.shape != state[key].shape:
             raise UserError(f"{path}: {key} is {list(state[key].shape)}, but the model needs {list(tensor.shape)}")
+    if not torch.allclose(state["output.weight"], state["tok_embeddings.weight"], rtol=0, atol=0, equal_nan=True):
+        raise UserError(f"{path}: output.weight is not tok_embeddings.weight, but this model has one matrix for both")
     model.load_state_dict(state)
     return model
 
@@ -182,18 +220,20 @@ def check_names(expected: Iterable[str], found: Iterable[str], path: Path) -> No
 
 def load_folder(folder: Path, overrides: dict[str, Any]) -> Transformer:
     """A transformers folder of ours, read with our own code whatever code lies in it."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"no checkpoint at {folder}: name a .pth file, or a transformers folder with its config.json")
     try:
-        config = LMConfig.from_pretrained(folder, **overrides)
-        if config.model_type != LMConfig.model_type or not (folder / "config.json").is_file():
-            raise UserError(f"{folder} holds a {config.model_type!r} model, not a {LMConfig.model_type!r} one")
-        model, report = Transformer.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True, weights_only=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot load {folder}: {str(error).splitlines()[0]}") from error
-    if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
-        raise UserError(f"the weights in {folder} do not fit their config.json: {report}")
-    return model
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        model_type = fields["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is no configuration of a model: {error}") from error
+    if model_type != LMConfig.model_type:
+        raise UserError(f"{folder} holds a {model_type!r} model, not a {LMConfig.model_type!r} one")
+    # Large models are spread over several files.
+    parts = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    state = {key: tensor for part in parts for key, tensor in read_tensors(part).items()}
+    return build(fields | overrides, state, folder)
 
 
 def file_hash(path: Path) -> str:

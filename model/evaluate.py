@@ -54,7 +54,10 @@ def score_documents(
         nats += summed_loss(model, batch)
         tokens += batch.num_targets
     model.train(was_training)
-    nats, tokens = run.sum(torch.tensor([nats, tokens], dtype=torch.float64)).tolist()
+    sums = torch.tensor([nats, tokens], dtype=torch.float64)
+    if run.world_size > 1:  # processes with GPUs exchange what lies on them; other devices may lack float64
+        sums = run.sum(sums.to(run.device))
+    nats, tokens = sums.tolist()
     num_bytes = sum(len(text.encode()) for text in texts)
     return Score(nats / math.log(2) / num_bytes, nats / tokens, int(tokens), num_bytes)
 

@@ -17,6 +17,8 @@ from model.LMConfig import LMConfig  # noqa: E402
 from model.model import Transformer  # noqa: E402
 from model.tokenizer import load_tokenizer  # noqa: E402
 
+torch.set_num_threads(1)  # models of this size only lose by waiting for a second thread, most of all on a busy machine
+
 LINES = ["你好，世界！", "春天来了，小草绿了。", "user\n", "assistant\n", "Hello, world 123", "你好，你是谁？"]
 
 
