@@ -5,6 +5,7 @@ tyro is the parser: it reads options and their help from a dataclass and its com
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -19,30 +20,37 @@ class UserError(Exception):
     """Something the user can put right: the message says what is wrong, where, and what to do."""
 
 
-def run(main: Callable[[Any], None], options: type, argv: list[str] | None = None) -> None:
+def run(main: Callable[[Any], None], options: type, argv: list[str] | None = None, default: Any = None) -> None:
     """Reads the command line into the dataclass `options` (or a union of them: subcommands) and calls main with it.
 
-    A UserError ends the process with its one line and exit code 2, as a wrong flag does.
+    With subcommands, `default` is an instance of the one that is meant when none is named. A UserError ends the
+    process with its one line and exit code 2, as a wrong flag does.
     """
     try:
-        main(parse(options, sys.argv[1:] if argv is None else argv))
+        main(parse(options, sys.argv[1:] if argv is None else argv, default))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of our output left, as in `... | head`: nobody is there to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def parse(options: type[Args], argv: list[str]) -> Args:
+def parse(options: type[Args], argv: list[str], default: Any = None) -> Args:
     """argv -> options. `--config FILE.yaml` sets options; flags on the command line win over it."""
     argv = [flag for flag in argv if not flag.startswith("--local_rank")]  # DeepSpeed's launcher adds it
+    if default is not None and argv and first_flag(argv) == 0 and not {"-h", "--help"} & set(argv):
+        argv = [type(default).__name__.lower(), *argv]  # options, and no subcommand to which they could belong
     command, flags = argv[: first_flag(argv)], argv[first_flag(argv) :]
     if "--config" in flags:
         at = flags.index("--config")
         if at + 1 == len(flags):
             raise UserError("--config needs the path of a YAML file")
         flags = yaml_flags(flags[at + 1]) + flags[:at] + flags[at + 2 :]
-    return tyro.cli(options, args=command + flags, config=(tyro.conf.OmitSubcommandPrefixes,), use_underscores=True)
+    settings = {} if default is None else {"default": default}
+    config = (tyro.conf.OmitSubcommandPrefixes,)
+    return tyro.cli(options, args=command + flags, config=config, use_underscores=True, **settings)
 
 
 def first_flag(argv: list[str]) -> int:

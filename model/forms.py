@@ -64,6 +64,16 @@ def dict_of(value: Any) -> dict[str, Any]:
     return value
 
 
+def kind_of(value: Any) -> str | None:
+    """What a record of this form is for: pretrain, sft or dpo."""
+    keys = value.keys() if isinstance(value, dict) else set()
+    if "text" in keys:
+        return "pretrain"
+    if "chosen" in keys:
+        return "dpo"
+    return "sft" if keys & {"messages", "conversations", "output", "q"} else None
+
+
 def document(value: Any) -> str:
     """A pretraining text; it may be empty."""
     return text_of(dict_of(value).get("text"), "text")
