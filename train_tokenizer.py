@@ -61,7 +61,7 @@ class Args:
     vocab_size: int = 6400  # tokens, special ones and single bytes included
     kind: Literal["bpe", "sentencepiece"] = "bpe"  # byte-level BPE, or sentencepiece's BPE with bytes to fall back on
     pre_tokenizer: Literal["qwen2", "llama-bpe", "gpt-2"] = "qwen2"  # for bpe: llama.cpp's name of how text is cut
-    max_token_bytes: int = 24  # for bpe: longest token; a Chinese character has 3 bytes
+    max_token_bytes: int = 15  # for bpe: longest token (five Chinese characters), against whole phrases as tokens
     sample_mb: float = 50  # MB of text to learn from at most; training needs about 70 MB of memory for each of them
     max_bad_share: float = 0.1  # end with an error if more of the input cannot be read
     seed: int = 42  # of the sample
