@@ -23,6 +23,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -32,6 +33,8 @@ from model.cli import UserError, run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from model.records import Account
 
 SPECIALS = ["<unk>", "<s>", "</s>"]  # ids 0, 1, 2
 NAMES = dict(unk_token="<unk>", pad_token="<unk>", bos_token="<s>", eos_token="</s>")
@@ -75,10 +78,10 @@ def main(args: Args) -> None:
     check(args)
     sample = draw_sample(args)
     train = train_bpe if args.kind == "bpe" else train_sentencepiece
-    tokenizer = train(sample, args)
-    save(tokenizer, Path(args.out_dir))
-    print(f"{args.out_dir}: {len(tokenizer):,} tokens")
-    if len(tokenizer) < args.vocab_size:
+    with finished_folder(Path(args.out_dir)) as folder:
+        size = train(sample, args, folder)
+    print(f"{args.out_dir}: {size:,} tokens")
+    if size < args.vocab_size:
         print(f"fewer than --vocab_size {args.vocab_size}: no more pairs occur twice in the text; give it more text")
 
 
@@ -126,11 +129,11 @@ def draw_sample(args: Args) -> list[str]:
         raise UserError(
             f"no text in {', '.join(args.data_path)}, or none that fits into --sample_mb {args.sample_mb:g}"
         )
-    print(f"sample: {held / 1e6:,.1f} MB of {seen / 1e6:,.1f} MB of text, weights counted")
+    print(f"sample: {held:,} of {seen:,} bytes of text, weights counted")
     return [text for _, text, _ in heap]
 
 
-def weighted_texts(args: Args, account) -> Iterator[tuple[str, float]]:
+def weighted_texts(args: Args, account: "Account") -> Iterator[tuple[str, float]]:
     """All texts in pieces of bounded length, each with the weight of its file."""
     from model.forms import texts_of
     from model.records import read_as, read_files
@@ -142,8 +145,8 @@ def weighted_texts(args: Args, account) -> Iterator[tuple[str, float]]:
                 yield text[start : start + LONGEST_PIECE], weights[record.path]
 
 
-def train_bpe(texts: list[str], args: Args) -> "PreTrainedTokenizerBase":
-    """Byte-level BPE (Sennrich et al. 2016, over bytes as in GPT-2), with no normalizer."""
+def train_bpe(texts: list[str], args: Args, folder: Path) -> int:
+    """Byte-level BPE (Sennrich et al. 2016, over bytes as in GPT-2), no normalizer; returns the number of tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -162,17 +165,20 @@ def train_bpe(texts: list[str], args: Args) -> "PreTrainedTokenizerBase":
         min_frequency=2,
     )
     bpe.train_from_iterator(texts, trainer, length=len(texts))
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         chat_template=TEMPLATE,
         llama_cpp_pre=args.pre_tokenizer,
         clean_up_tokenization_spaces=False,
         **NAMES,
     )
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
 
 
-def train_sentencepiece(texts: list[str], args: Args) -> "PreTrainedTokenizerBase":
-    """sentencepiece's BPE (Kudo and Richardson 2018); the only text that it changes is U+2581, which becomes a space.
+def train_sentencepiece(texts: list[str], args: Args, folder: Path) -> int:
+    """sentencepiece's BPE (Kudo and Richardson 2018), as its own tokenizer.model and for transformers; returns the
+    number of tokens. The one character that it changes is U+2581, which becomes a space.
 
     Raises:
         UserError: sentencepiece cannot make such a vocabulary of this text.
@@ -200,24 +206,25 @@ def train_sentencepiece(texts: list[str], args: Args) -> "PreTrainedTokenizerBas
             bos_id=1,
             eos_id=2,
             pad_id=-1,
-            minloglevel=1,
+            minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError(f"sentencepiece: {str(error).splitlines()[-1]}") from error
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "tokenizer.model").write_bytes(model.getvalue())
-        return LlamaTokenizer.from_pretrained(
-            folder, chat_template=TEMPLATE, add_bos_token=False, add_prefix_space=False, legacy=False, **NAMES
-        )
+        reason = str(error).splitlines()[-1].rpartition("] ")[2]  # behind the place in its source
+        raise UserError(f"sentencepiece: {reason}") from error
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    tokenizer = LlamaTokenizer.from_pretrained(folder, chat_template=TEMPLATE, add_prefix_space=False, **NAMES)
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
 
 
-def save(tokenizer: "PreTrainedTokenizerBase", out_dir: Path) -> None:
-    """Makes the folder under another name first, so that there is never half of one."""
+@contextmanager
+def finished_folder(out_dir: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name at the end only, so that there is never half of one."""
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
     try:
-        tokenizer.save_pretrained(unfinished)
-        unfinished.chmod(0o755)  # mkdtemp's folders are closed to others
+        yield unfinished
+        unfinished.chmod(0o755)  # mkdtemp closes it to other people
         if out_dir.exists():
             out_dir.rmdir()
         os.replace(unfinished, out_dir)
@@ -260,18 +267,23 @@ def inspect(folder: str, path: str) -> None:
 
 def print_vocabulary(tokenizer: "PreTrainedTokenizerBase", count: int = 40) -> None:
     """Tokens as people read them: some at equal distances over all ids, and the longest ones."""
-    shown = {token: readable(tokenizer, token) for token in range(len(tokenizer))}
-    longest = sorted(shown, key=lambda token: -len(shown[token]))[:count]
+    shown = [readable(tokenizer, token) for token in range(len(tokenizer))]
     print(f"{len(tokenizer):,} tokens, for example (id, text):")
-    print("  ".join(f"{token} {shown[token]!r}" for token in range(0, len(tokenizer), -(-len(tokenizer) // count))))
+    print("  ".join(f"{token} {shown[token]}" for token in range(0, len(tokenizer), -(-len(tokenizer) // count))))
     print("the longest:")
-    print("  ".join(repr(shown[token]) for token in longest))
+    print("  ".join(sorted(shown, key=len, reverse=True)[:count]))
 
 
 def readable(tokenizer: "PreTrainedTokenizerBase", token: int) -> str:
-    """The text of a token; its raw form where its bytes are only part of a character."""
+    """The text of a token, quoted; <its bytes> where they are only part of a character."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     text = tokenizer.decode([token])
-    return tokenizer.convert_ids_to_tokens(token) if "\ufffd" in text else text
+    if "\ufffd" not in text:
+        return repr(text)
+    byte_of = {char: byte for byte, char in bytes_to_unicode().items()}  # how byte-level BPE writes bytes
+    raw = tokenizer.convert_ids_to_tokens(token)
+    return f"<{bytes(map(byte_of.__getitem__, raw)).hex(' ')}>" if set(raw) <= set(byte_of) else raw
 
 
 def print_lengths(tokenizer: "PreTrainedTokenizerBase", used: Counter[int]) -> None:
