@@ -84,58 +84,50 @@ class All(Pretrain, Sft, Dpo):
 
 
 def main(args: All | Pretrain | Sft | Dpo) -> None:
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that temporary files are removed
-    makers = {"pretrain": (Pretrain, make_tokens), "sft": (Sft, make_tables), "dpo": (Dpo, make_pairs)}
-    for kind, (options, make) in makers.items():
-        if isinstance(args, options):
-            files = input_files(args, kind)
-            if files:
-                print(f"{kind}: reading {', '.join(map(str, files))}")
-                make(args, files)
-            else:
-                print(f"{kind}: no data, nothing to do")
+    make = {"pretrain": make_tokens, "sft": make_tables, "dpo": make_pairs}
+    for kind, files in input_files(args).items():
+        print(f"{kind}: reading {', '.join(map(str, files))}")
+        make[kind](args, files)
 
 
-def input_files(args: Common, kind: str) -> list[Path]:
-    """The files to read for one kind of output; none only where `all` has other things to do."""
-    several = isinstance(args, All)
-    if args.data_path:
-        files = [file for path in args.data_path for file in files_of(Path(path), kind, several)]
-        if not files and not several:
-            raise UserError(f"no {kind} data in {', '.join(args.data_path)}")
-        return files
-    for folder in DEFAULT_FOLDERS:
-        kinds = {path: file_kind(path) for path in data_files(Path(folder))}
-        files = [path for path in kinds if kinds[path] == kind]
-        if files or (several and any(kinds.values())):
-            return files
-    raise UserError(f"no {kind} data in {' or '.join(DEFAULT_FOLDERS)}: name some with --data_path")
-
-
-def files_of(path: Path, kind: str, several: bool) -> list[Path]:
-    """What one --data_path means: a file as it is, unless there are several kinds, or a folder's files of this kind."""
-    if path.is_dir():
-        return [file for file in data_files(path) if file_kind(file) == kind]
-    if not several:
-        return [path]
-    found = file_kind(path)
-    if found is None:
-        raise UserError(f"{path} begins with no text, conversation or pair of answers in UTF-8")
-    return [path] if found == kind else []
+def input_files(args: Common) -> dict[str, list[Path]]:
+    """The files to read for each kind of output that is to be made. `all` makes what there is data for."""
+    kinds = [kind for kind, options in dict(pretrain=Pretrain, sft=Sft, dpo=Dpo).items() if isinstance(args, options)]
+    if not args.data_path:
+        for folder in DEFAULT_FOLDERS:
+            if found := by_kind(data_files(Path(folder)), kinds):
+                return found
+        raise UserError(f"no {' or '.join(kinds)} data in {' or '.join(DEFAULT_FOLDERS)}: name some with --data_path")
+    paths = [file for path in map(Path, args.data_path) for file in (data_files(path) if path.is_dir() else [path])]
+    if len(kinds) == 1 and not any(Path(path).is_dir() for path in args.data_path):
+        return {kinds[0]: paths}  # what the user says is in them is what we look for, and report where it is not
+    found = by_kind(paths, kinds)
+    if not found:
+        raise UserError(f"no {' or '.join(kinds)} data in {', '.join(args.data_path)}")
+    return found
 
 
 def data_files(folder: Path) -> list[Path]:
+    """The files of a folder that may be inputs: no validation data, and nothing that we wrote."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path for path in files if path.name.removesuffix(".gz").endswith(INPUTS) and "_val" not in path.name]
+    files = [path for path in files if path.is_file() and path.name.removesuffix(".gz").endswith(INPUTS)]
+    return [path for path in files if "_val" not in path.name and path.name != "pretrain_data.json"]
 
 
-def file_kind(path: Path) -> str | None:
-    """pretrain, sft or dpo, as the first record that is one of them says."""
+def by_kind(paths: list[Path], kinds: list[str]) -> dict[str, list[Path]]:
+    """Sorts files by what the first sound one of their records is for."""
     from model.forms import kind_of
-    from model.records import Account, read_records
+    from model.records import Account, read_files
 
-    kinds = (kind_of(record.value) for record in islice(read_records(path, Account()), 100))
-    return next(filter(None, kinds), None)
+    found: dict[str, list[Path]] = {}
+    for path in paths:
+        head = islice(read_files([path], Account()), 100)
+        kind = next(filter(None, (kind_of(record.value) for record in head)), None)
+        if kind is None:
+            print(f"{path} is not used: it does not begin with texts, conversations or pairs of answers in UTF-8")
+        elif kind in kinds:
+            found.setdefault(kind, []).append(path)
+    return found
 
 
 def make_tokens(args: Pretrain, files: list[Path]) -> None:
@@ -146,6 +138,8 @@ def make_tokens(args: Pretrain, files: list[Path]) -> None:
 
     if not 0 <= args.val_fraction < 1:
         raise UserError(f"--val_fraction {args.val_fraction:g} must be at least 0 and less than 1")
+    if args.num_workers < 0:
+        raise UserError(f"--num_workers {args.num_workers} must not be negative")
     folder = args.tokenizer or SHIPPED
     tokenizer = load_tokenizer(folder)
     account, start = Account(), time.monotonic()
@@ -158,6 +152,9 @@ def make_tokens(args: Pretrain, files: list[Path]) -> None:
         about |= {"tokenizer": args.tokenizer or "model/minimind_tokenizer", "tokenizer_sha256": tokenizer_hash(folder)}
         description_path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         finish(args, account, kept=about["documents"])
+    old_split = Path(args.out_dir) / "pretrain_data_val.jsonl"
+    if not args.val_fraction and old_split.exists():
+        print(f"{old_split} is of an earlier run: its texts may be among those to train on now")
     print(
         f"{about['documents']:,} documents of {account.records:,}, {about['tokens']:,} tokens ({about['dtype']}) of "
         f"{about['text_bytes'] / 1e6:,.1f} MB of text, {about['text_bytes'] / about['tokens']:.2f} bytes per token, "
@@ -298,4 +295,5 @@ def finish(args: Common, account: "Account", kept: int) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that temporary files are removed
     run(main, All | Pretrain | Sft | Dpo, default=All())

@@ -7,6 +7,7 @@ The forms read here, as published data sets have them:
                     {"q": …, "a": …, "history"?: …}
                     {"messages": [{"role": …, "content": …}, …]}
                     {"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]}
+                    each of them with or without "system": …
     pair            {"chosen": [messages], "rejected": [messages], "prompt"?: [messages]}
                     {"prompt": …, "chosen": …, "rejected": …}, `reject` meaning rejected
 
@@ -32,6 +33,10 @@ class BadRecord(ValueError):
     """A record that cannot be used; the message is the reason under which it is counted."""
 
 
+class UnfitRecord(BadRecord):
+    """A sound record in which there is nothing to learn."""
+
+
 class Pair(NamedTuple):
     prompt: list[Message]  # ends with a user's message
     chosen: str
@@ -54,7 +59,7 @@ def text_of(value: Any, name: str) -> str:
 def filled_text_of(value: Any, name: str) -> str:
     text = text_of(value, name)
     if not text.strip():
-        raise BadRecord(f"{name} is empty")
+        raise UnfitRecord(f"{name} is empty")
     return text
 
 
@@ -84,7 +89,7 @@ def conversation(value: Any) -> list[Message]:
     row = dict_of(value)
     for key in ("messages", "conversations"):
         if key in row:
-            return check_turns(messages_of(row[key], key))
+            return check_turns([*system_of(row), *messages_of(row[key], key)])
     if "output" in row:
         parts = [text_of(row[key], key) for key in ("instruction", "input") if row.get(key) is not None]
         question, answer = "\n".join(part for part in parts if part.strip()), row["output"]
@@ -93,11 +98,17 @@ def conversation(value: Any) -> list[Message]:
     else:
         raise BadRecord("no conversation: neither messages, conversations, output nor q")
     turns = [*history_of(row.get("history")), (question, answer)]
-    return [
+    messages = [
         {"role": role, "content": filled_text_of(text, name)}
         for turn in turns
         for role, name, text in zip(("user", "assistant"), ("question", "answer"), turn, strict=True)
     ]
+    return system_of(row) + messages
+
+
+def system_of(row: dict[str, Any]) -> list[Message]:
+    """The system message that some data sets have in a field of its own."""
+    return [{"role": "system", "content": text_of(row["system"], "system")}] if row.get("system") else []
 
 
 def history_of(value: Any) -> list[tuple[Any, Any]]:
@@ -116,18 +127,21 @@ def messages_of(value: Any, name: str) -> list[Message]:
     for message in value:
         role = message.get("role", message.get("from"))
         if not isinstance(role, str) or role not in ROLES:
-            raise BadRecord("a role that is neither system, user nor assistant")
-        content = filled_text_of(message.get("content", message.get("value")), "message")
-        messages.append({"role": ROLES[role], "content": content})
+            raise UnfitRecord("a role that is neither system, user nor assistant")
+        content = text_of(message.get("content", message.get("value")), "message")
+        if content.strip():
+            messages.append({"role": ROLES[role], "content": content})
+        elif ROLES[role] != "system":  # an empty system message is common, and none
+            raise UnfitRecord("message is empty")
     return messages
 
 
 def check_turns(messages: list[Message]) -> list[Message]:
     """Messages whose turns alternate, from a user's to an assistant's."""
     roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles[0] == "system" else roles
+    turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
-        raise BadRecord("turns do not alternate from user to assistant")
+        raise UnfitRecord("turns do not alternate from user to assistant")
     return messages
 
 
@@ -136,15 +150,17 @@ def pair(value: Any) -> Pair:
     row = dict_of(value)
     chosen = as_messages(row.get("chosen"), "chosen", "assistant")
     rejected = as_messages(row.get("rejected", row.get("reject")), "rejected", "assistant")
+    if not chosen or not rejected:
+        raise UnfitRecord("an answer is empty")
     if chosen[:-1] != rejected[:-1]:
-        raise BadRecord("chosen and rejected answer different prompts")
+        raise UnfitRecord("chosen and rejected answer different prompts")
     prompt = chosen[:-1]
     if chosen[0]["role"] == "assistant":  # the conversation opens in a field of its own
         prompt = as_messages(row.get("prompt"), "prompt", "user") + prompt
     for answer in (chosen[-1], rejected[-1]):
         check_turns([*prompt, answer])
-    if chosen[-1]["content"] == rejected[-1]["content"]:
-        raise BadRecord("chosen and rejected are the same")
+    if chosen[-1]["content"].strip() == rejected[-1]["content"].strip():
+        raise UnfitRecord("chosen and rejected are the same")
     return Pair(prompt, chosen[-1]["content"], rejected[-1]["content"])
 
 

@@ -1,32 +1,25 @@
-"""Files -> raw records, one at a time, whatever their size, with an account of what could not be read.
+"""Files -> raw records, one at a time, with an account of what could not be read.
 
-A file may be JSON lines, one JSON list, or plain text named *.txt, in which each line is a document; any of them may
-be gzipped. All are UTF-8. A record that cannot be read is counted with its place and skipped, never repaired by
-guessing. What a record means (a text, a conversation, a pair of answers) is the matter of forms.py.
+A record that cannot be read is counted with its place and skipped. How files are read is the matter of readers.py, what
+a record means (a text, a conversation, a pair of answers) that of forms.py.
 """
 
-import codecs
-import gzip
-import io
-import json
 import os
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
 from .cli import UserError
-from .forms import BadRecord, document
+from .forms import BadRecord, UnfitRecord, document
+from .readers import END, BrokenFile, reader_for
 
 Form = TypeVar("Form")
 
-MAX_RECORD = 64 << 20  # bytes; whatever is longer is no record but a file of another kind
-HEAD = 1 << 20  # bytes looked at to tell what a file is
 PLACES_KEPT = 5  # of each kind of trouble
 
 
@@ -80,7 +73,7 @@ class Account:
 
     def lines(self) -> list[str]:
         """The account of what was left out, for people: a line for each reason, bad records first."""
-        counted = [("bad", self.bad), ("dropped", self.dropped)]
+        counted = [("bad", self.bad), ("left out", self.dropped)]
         return [
             f"{kind} {count:,}: {reason} (first at {', '.join(self.places[reason])})"
             for kind, counter in counted
@@ -96,22 +89,23 @@ def read_records(path: str | Path, account: Account) -> Iterator[Record]:
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
         with path.open("rb") as raw:
-            head = read_head(raw)
-            raw.seek(0)
-            start = account.bytes_done
+            size, start = path.stat().st_size, account.bytes_done
             account.bytes_total += size
-            kind = path.name.lower().removesuffix(".gz")
-            encoding = other_encoding(head)
-            if encoding:
-                yield from read_lines(raw, path, account, whole_file_bad(encoding))
-            elif kind.endswith(".txt"):
-                yield from read_lines(raw, path, account, parse_text)
-            elif head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[" and not kind.endswith(".jsonl"):
-                yield from read_list(raw, path, account)
-            else:
-                yield from read_lines(raw, path, account, parse_json)
+            reader = reader_for(raw, path)
+            while True:
+                value = reader.next_value()
+                account.bytes_done = start + raw.tell()
+                if value is END:
+                    break
+                account.records += 1
+                if isinstance(value, BadRecord):
+                    account.count_bad(str(value), path, reader.line)
+                else:
+                    yield Record(value, path, reader.line)
+                if isinstance(value, BrokenFile):
+                    account.bytes_lost += size if value.damaged else min(size, size - raw.tell() + reader.pending)
+                    break
             account.bytes_done = start + size
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
@@ -143,6 +137,8 @@ def read_as(form: Callable[[Any], Form], records: Iterable[Record], account: Acc
     for record in records:
         try:
             yield form(record.value), record
+        except UnfitRecord as error:
+            account.drop(str(error), record)
         except BadRecord as error:
             account.count_bad(str(error), record.path, record.line)
 
@@ -160,218 +156,3 @@ def read_texts(path: str | Path) -> list[str]:
     if not texts:
         raise UserError(f'no documents in {path}: it must hold a {{"text": …}} a line')
     return texts
-
-
-def read_head(raw: BinaryIO) -> bytes:
-    """The first bytes of a file's content, unpacked; as many as can be had where it is damaged."""
-    pieces = []
-    try:
-        stream = unpacked(raw)
-        for _ in range(HEAD // io.DEFAULT_BUFFER_SIZE):
-            pieces.append(stream.read(io.DEFAULT_BUFFER_SIZE))
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        pass  # said when the place is reached in earnest
-    return b"".join(pieces)
-
-
-def unpacked(raw: BinaryIO) -> BinaryIO:
-    """The content of an open file: gzip is told by its first two bytes, not by the name."""
-    magic = raw.read(2)
-    raw.seek(0)
-    return gzip.GzipFile(fileobj=raw) if magic == b"\x1f\x8b" else raw
-
-
-def other_encoding(head: bytes) -> str | None:
-    """What a file is if it is not UTF-8. A short line of another encoding can be UTF-8 by chance, a file is not."""
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or head.count(b"\0") > len(head) / 20:
-        return "UTF-16"
-    lines = [line for line in head.split(b"\n")[: -1 if len(head) >= HEAD else None] if not line.isascii()]
-    wrong = [line for line in lines if not is_utf8(line)]
-    if len(wrong) * 2 <= len(lines):
-        return None
-    try:
-        b"\n".join(wrong).decode("gb18030")
-        return "GBK"
-    except UnicodeDecodeError:
-        return "of no known encoding"
-
-
-def is_utf8(line: bytes) -> bool:
-    try:
-        line.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def whole_file_bad(encoding: str) -> Callable[[bytes], Any]:
-    """A parser for the lines of a file that is not UTF-8: every one of them is bad."""
-
-    def parse(line: bytes) -> Any:
-        raise BadRecord(f"the file is {encoding}: convert it to UTF-8, for example with iconv")
-
-    return parse
-
-
-def parse_text(line: bytes) -> dict[str, str]:
-    return {"text": decode(line)}
-
-
-def parse_json(line: bytes) -> Any:
-    try:
-        return json.loads(decode(line))
-    except RecursionError as error:
-        raise BadRecord("JSON nested too deeply") from error
-    except BadRecord:
-        raise
-    except ValueError as error:
-        raise BadRecord("not JSON") from error
-
-
-def decode(line: bytes) -> str:
-    if b"\0" in line:
-        raise BadRecord("a zero byte in the line")
-    try:
-        return line.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise BadRecord("not UTF-8") from error
-
-
-def read_lines(raw: BinaryIO, path: Path, account: Account, parse: Callable[[bytes], Any]) -> Iterator[Record]:
-    """A record a line; blank lines are skipped."""
-    start = account.bytes_done
-    stream = unpacked(raw)
-    number = 0
-    while True:
-        number += 1
-        try:
-            line = stream.readline(MAX_RECORD)
-            too_long = len(line) == MAX_RECORD and not line.endswith(b"\n")
-            if too_long:
-                skip_line(stream)
-        except (EOFError, zlib.error, gzip.BadGzipFile):
-            break_off("the gzip file breaks off here", path, number, account, start + raw.tell())
-            return
-        if not line:
-            return
-        account.bytes_done = start + raw.tell()
-        line = line.rstrip(b"\r\n")
-        if not line.strip() or line == codecs.BOM_UTF8:
-            continue
-        account.records += 1
-        try:
-            if too_long:
-                raise BadRecord(f"a line of more than {MAX_RECORD >> 20} MB")
-            value = parse(line)
-        except BadRecord as error:
-            account.count_bad(str(error), path, number)
-            continue
-        yield Record(value, path, number)
-
-
-def skip_line(stream: BinaryIO) -> None:
-    while (piece := stream.readline(MAX_RECORD)) and not piece.endswith(b"\n"):
-        pass
-
-
-def break_off(reason: str, path: Path, line: int, account: Account, done: int) -> None:
-    """Counts a file that cannot be read on; what stands behind that point is lost."""
-    account.records += 1
-    account.count_bad(reason, path, line)
-    account.bytes_lost += max(0, account.bytes_total - done)
-
-
-def read_list(raw: BinaryIO, path: Path, account: Account) -> Iterator[Record]:
-    """The items of one JSON list, without holding the list. After a broken item there is no telling where the next
-    one begins, so reading ends there."""
-    start = account.bytes_done
-    reader = ListReader(unpacked(raw))
-    while True:
-        try:
-            item = reader.next_item()
-        except (BadRecord, EOFError, zlib.error, gzip.BadGzipFile) as error:
-            reason = str(error) if isinstance(error, BadRecord) else "the gzip file breaks off here"
-            break_off(reason, path, reader.line, account, start + raw.tell() - len(reader.text))
-            return
-        account.bytes_done = start + raw.tell()
-        if item is None:
-            return
-        account.records += 1
-        yield Record(item[0], path, reader.line)
-
-
-class ListReader:
-    """Takes the items of a JSON list from a stream, holding little more than one of them."""
-
-    def __init__(self, stream: BinaryIO):
-        self.stream = stream
-        self.decoder = codecs.getincrementaldecoder("utf-8")()
-        self.text = ""  # read and not used yet
-        self.line = 1  # in which the last item, or the trouble, begins
-        self.lines_used = 0  # newlines before self.text
-        self.ended = False
-        self.separator = "["
-
-    def next_item(self) -> tuple[Any] | None:
-        """The next item, or None behind the last one.
-
-        Raises:
-            BadRecord: the list is broken here.
-        """
-        char = self.next_char()
-        if char == "]" and self.separator != "[":
-            return self.finish()
-        if char != self.separator:
-            raise BadRecord("the JSON list is broken here")
-        self.use(1)
-        if self.next_char() == "]" and self.separator == "[":
-            return self.finish()
-        self.separator = ","
-        value, end = self.decode_item()
-        self.use(end)
-        return (value,)
-
-    def next_char(self) -> str:
-        """The next character that is no blank; stays in the text. Empty at the end."""
-        while True:
-            stripped = self.text.lstrip(" \t\r\n\ufeff")
-            self.use(len(self.text) - len(stripped))
-            self.line = self.lines_used + 1
-            if self.text or not self.read_on(HEAD // 16):
-                return self.text[:1]
-
-    def decode_item(self) -> tuple[Any, int]:
-        size = HEAD // 16
-        while True:
-            try:
-                value, end = json.JSONDecoder().raw_decode(self.text)
-                if end < len(self.text):  # a number that ends with the text may have more digits
-                    return value, end
-            except RecursionError as error:
-                raise BadRecord("JSON nested too deeply") from error
-            except ValueError:
-                pass  # cut short or broken: more text will tell
-            size *= 2  # so that a long item is not decoded again and again
-            if len(self.text) > MAX_RECORD or not self.read_on(size):
-                raise BadRecord("the JSON list is broken here")
-
-    def finish(self) -> None:
-        self.use(1)
-        if self.next_char():
-            raise BadRecord("there is more behind the end of the JSON list")
-
-    def use(self, count: int) -> None:
-        self.lines_used += self.text.count("\n", 0, count)
-        self.text = self.text[count:]
-
-    def read_on(self, size: int) -> bool:
-        """Reads about so many more bytes; False at the end of the stream."""
-        if self.ended:
-            return False
-        data = self.stream.read(size)
-        self.ended = not data
-        try:
-            self.text += self.decoder.decode(data, final=self.ended)
-        except UnicodeDecodeError as error:
-            raise BadRecord("not UTF-8") from error
-        return not self.ended

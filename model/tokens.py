@@ -48,7 +48,7 @@ def write_token_file(
     documents = text_bytes = tokens = 0
     sha256 = hashlib.sha256()
     with path.open("wb") as file:
-        for encoded in encode_in_processes(texts, tokenizer, dtype, num_workers or len(os.sched_getaffinity(0))):
+        for encoded in encode_in_processes(texts, tokenizer, dtype, num_workers or core_count()):
             file.write(encoded.ids)
             sha256.update(encoded.ids)
             tokens += len(encoded.ids) // array(TYPE_CODES[dtype]).itemsize
@@ -62,6 +62,11 @@ def write_token_file(
         "vocab_size": len(tokenizer),
         "sha256": sha256.hexdigest(),
     }
+
+
+def core_count() -> int:
+    """Cores that this process may use, where the system can tell, or else all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def token_dtype(tokenizer: "PreTrainedTokenizerBase") -> str:
