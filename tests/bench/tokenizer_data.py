@@ -23,7 +23,7 @@ from model.cli import run
 from model.forms import texts_of
 from model.records import Account, read_records
 
-# Under free licences that cover the texts themselves. Left out: whatever goes back to Alpaca (NonCommercial), BELLE
+# Under free licences, as their repositories state them. Left out: whatever goes back to Alpaca (NonCommercial), BELLE
 # (research only), user-shared talks with models, ruozhiba (terms not checked), Firefly (no licence).
 FREE_SOURCES = {
     "CrossWOZ",
