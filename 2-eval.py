@@ -73,11 +73,12 @@ class Conversation:
         self.turns: list[Message] = []  # questions and answers in turn
         self.record: list[dict[str, Any]] = []  # all that was asked, for --output
 
-    def ask(self, question: str) -> None:
+    def ask(self, question: str, heading: str = "") -> None:
         """Prints the answer. Ctrl-C goes through, after what has come so far is remembered."""
         user = {"role": "user", "content": question}
         earlier = self.turns[-2 * self.history :] if self.history else []
         answer = self.engine.chat([*self.opening, *earlier, user], self.sampling)
+        print(heading, end="", flush=True)  # only now: a text that the engine refuses may be one that cannot be printed
         try:
             for piece in answer:
                 print(piece, end="", flush=True)
@@ -117,8 +118,6 @@ def main(args: Args) -> None:
             chat(conversation)
         else:
             ask_all(conversation, questions or lines_of_stdin())
-    except KeyboardInterrupt:
-        sys.exit(130)
     finally:
         if args.output:
             save(args, conversation)
@@ -159,8 +158,7 @@ def lines_of_stdin() -> Iterator[str]:
 
 def ask_all(conversation: Conversation, questions: Iterable[str]) -> None:
     for number, question in enumerate(questions, 1):
-        print(f"{number}. {question}", flush=True)
-        conversation.ask(question)
+        conversation.ask(question, heading=f"{number}. {question}\n")
 
 
 def save(args: Args, conversation: Conversation) -> None:
