@@ -273,7 +273,7 @@ def complete_files(args: Common, names: list[str], inputs: list[Path]) -> Iterat
             path.touch()  # so that a folder we may not write to is told at once
         yield temporaries
         for path in temporaries:
-            with path.open("rb") as file:
+            with path.open("r+b") as file:
                 os.fsync(file.fileno())
         for path, final in zip(temporaries, finals, strict=True):
             os.replace(path, final)

@@ -1,7 +1,8 @@
 """Files -> rows -> batches, for pretraining and fine-tuning.
 
-A dataset knows one thing: for an epoch it gives a sequence of rows, `epoch(seed, number)`, whose order is a function
-of its arguments alone. So the place in a run is two numbers, the epoch and the row, and any process can find its share.
+A dataset has a length and gives its row number i. In which order rows are trained is a function of seed and epoch alone
+(`epoch_order`), so the place in a run is two numbers, the epoch and how many rows of it are done, and every process
+can find its share without being told.
 """
 
 import ast
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from .chat import Message, Turn, drop_oldest_turns, encode_turns
 from .cli import UserError
 from .model import IGNORED_LABEL
+from .tokenizer import tokenizer_hash
 
 
 class Segment(NamedTuple):
@@ -76,6 +78,11 @@ def stack_rows(rows: Sequence[Sequence[Segment]], length: int, pad_id: int) -> B
     return stack([make_row(segments, length, pad_id) for segments in rows])
 
 
+def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch visits its rows."""
+    return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Indices of items, grouped so that each group's lengths add up to at most `capacity`, in few groups.
 
@@ -107,10 +114,10 @@ class PretrainDataset:
         UserError: no such file, no description beside it, or tokens of another tokenizer.
     """
 
-    def __init__(self, path: str | Path, tokenizer: PreTrainedTokenizerBase, tokenizer_sha256: str, max_seq_len: int):
+    def __init__(self, path: str | Path, tokenizer: PreTrainedTokenizerBase, max_seq_len: int):
         self.path = Path(path)
         self.description = read_token_description(self.path)
-        if self.description["tokenizer_sha256"] != tokenizer_sha256:
+        if self.description["tokenizer_sha256"] != tokenizer_hash(tokenizer.name_or_path):
             raise UserError(f"{path} was made with another tokenizer: run data_process.py again with this one")
         self.tokens = np.memmap(self.path, dtype=self.description["dtype"], mode="r")
         if len(self.tokens) != self.description["tokens"]:
@@ -130,23 +137,6 @@ class PretrainDataset:
         cuts = np.flatnonzero(opens)
         parts = np.split(ids, cuts[cuts > 0])
         return make_row([Segment(part, part) for part in parts], self.max_seq_len, self.pad)
-
-    def epoch(self, seed: int, number: int) -> "Rows":
-        order = np.random.default_rng([seed, number]).permutation(len(self))
-        return Rows(order, self.row)
-
-
-class Rows(Sequence):
-    """A lazy sequence: element i is make(items[i])."""
-
-    def __init__(self, items: Sequence[Any], make):
-        self.items, self.make = items, make
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Row:
-        return self.make(self.items[index])
 
 
 def read_token_description(path: Path) -> dict[str, Any]:
@@ -192,6 +182,7 @@ class SFTDataset:
             raise UserError(f"{path} holds no conversation to train on ({dict(self.skipped)})")
         self.ids, self.mask = np.concatenate(ids), np.concatenate(masks)
         self.lengths = np.diff(self.starts)
+        self.rows = self.group()
 
     def read_conversations(self) -> Iterator[list[tuple[int, list[Message]]]]:
         """Lists of (row number, messages), a few thousand at a time."""
@@ -240,25 +231,24 @@ class SFTDataset:
         self.shortened += len(kept) < len(turns) or len(ids) > self.max_seq_len
         return ids[: self.max_seq_len], mask[: self.max_seq_len]
 
-    def row(self, conversations: Sequence[int]) -> Row:
+    def group(self) -> list[np.ndarray]:
+        """Which conversations share a row: packed a few thousand at a time, in random order."""
+        order = np.random.default_rng(0).permutation(len(self.lengths))
+        if not self.packing:
+            return [order[i : i + 1] for i in range(len(order))]
+        parts = [order[start : start + 8192] for start in range(0, len(order), 8192)]
+        return [part[group] for part in parts for group in pack(self.lengths[part], self.max_seq_len)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row(self, index: int) -> Row:
         segments = []
-        for i in conversations:
+        for i in self.rows[index]:
             span = slice(self.starts[i], self.starts[i + 1])
             ids = self.ids[span].astype(np.int64)
             segments.append(Segment(ids, np.where(self.mask[span], ids, IGNORED_LABEL)))
         return make_row(segments, self.max_seq_len, self.pad)
-
-    def epoch(self, seed: int, number: int) -> Rows:
-        """Shuffles, packs a few thousand conversations at a time, and shuffles the rows."""
-        generator = np.random.default_rng([seed, number])
-        order = generator.permutation(len(self.lengths))
-        if not self.packing:
-            return Rows([[i] for i in order], self.row)
-        rows = []
-        for start in range(0, len(order), 8192):
-            part = order[start : start + 8192]
-            rows += [part[group] for group in pack(self.lengths[part], self.max_seq_len)]
-        return Rows([rows[i] for i in generator.permutation(len(rows))], self.row)
 
 
 def parse_history(cell: str) -> list[list[str]]:

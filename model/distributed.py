@@ -47,6 +47,11 @@ class Run:
             return model
         return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
 
+    def synchronize_gradients(self, model: nn.Module, on: bool) -> None:
+        """Off while micro-batches are accumulated: only the group's last backward pass exchanges gradients."""
+        if self.world_size > 1:
+            model.require_backward_grad_sync = on
+
 
 @contextmanager
 def launch(device: str = "auto") -> Iterator[Run]:

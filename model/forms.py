@@ -51,8 +51,8 @@ def text_of(value: Any, name: str) -> str:
         raise BadRecord(f"{name} is not text")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # half a character, which JSON can spell (\ud800) and UTF-8 cannot
-        raise BadRecord("half a character (a lone surrogate)") from error
+    except UnicodeEncodeError as error:  # what JSON can spell (\ud800), or stands for bytes that are not UTF-8
+        raise BadRecord("not UTF-8, or half a character (a lone surrogate)") from error
     return value
 
 

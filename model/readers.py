@@ -181,7 +181,8 @@ class ListReader:
 
     def __init__(self, stream: BinaryIO):
         self.stream = stream
-        self.decoder = codecs.getincrementaldecoder("utf-8")()
+        # Bytes that are not UTF-8 become lone surrogates, which forms.py finds in the one item that has them.
+        self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self.text = ""  # read and not used yet
         self.line = 1  # in which the last item, or the trouble, begins
         self.lines_used = 0  # newlines before self.text
@@ -190,7 +191,7 @@ class ListReader:
 
     @property
     def pending(self) -> int:
-        return len(self.text.encode())
+        return len(self.text.encode(errors="surrogateescape"))
 
     def next_value(self) -> Any:
         """The next item, or BrokenFile or END as a value."""
@@ -248,8 +249,5 @@ class ListReader:
             return False
         data = self.stream.read(size)
         self.ended = not data
-        try:
-            self.text += self.decoder.decode(data, final=self.ended)
-        except UnicodeDecodeError as error:
-            raise BrokenFile("not UTF-8") from error
+        self.text += self.decoder.decode(data, final=self.ended)
         return not self.ended

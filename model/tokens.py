@@ -7,20 +7,20 @@ import hashlib
 import multiprocessing
 import os
 import signal
-import threading
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .cli import UserError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 BATCH_CHARACTERS = 100_000  # of a task; long enough that handing it over costs nothing
@@ -82,18 +82,75 @@ def encode_in_processes(
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer in {tokenizer.name_or_path} has no fast form (tokenizer.json)")
     settings = (tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id, dtype)
-    batches = batches_of(texts, BATCH_CHARACTERS)
-    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_encoder, settings)
-    try:
+    with encoding_processes(num_workers, settings) as connections, ThreadPoolExecutor(num_workers) as threads:
+        idle = SimpleQueue()
+        for connection in connections:
+            idle.put(connection)
+        tasks: deque[Future[Encoded]] = deque()
         # As many tasks as keep the processes busy and no more: what is read ahead is held in memory.
-        tasks = deque(pool.submit(encode_batch, batch) for batch in islice(batches, 2 * num_workers))
+        for batch in batches_of(texts, BATCH_CHARACTERS):
+            tasks.append(threads.submit(ask, idle, batch))
+            if len(tasks) == 2 * num_workers:
+                yield tasks.popleft().result()
         while tasks:
             yield tasks.popleft().result()
-            tasks.extend(pool.submit(encode_batch, batch) for batch in islice(batches, 1))
-    except BrokenProcessPool as error:
+
+
+def ask(idle: "SimpleQueue[Connection]", batch: list[str]) -> Encoded:
+    """Has a batch encoded by a process that is idle, and waits for it."""
+    connection = idle.get()
+    try:
+        connection.send(batch)
+        return connection.recv()
+    except (EOFError, OSError) as error:
         raise UserError("a process that encodes was killed (out of memory? try fewer --num_workers)") from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        idle.put(connection)
+
+
+@contextmanager
+def encoding_processes(number: int, settings: tuple[str, int, int, str]) -> Iterator[list[Connection]]:
+    """Starts processes and gives the connections to them. They end when these are closed, or when we die."""
+    spawn = multiprocessing.get_context("spawn")
+    processes, connections = [], []
+    try:
+        for _ in range(number):
+            ours, theirs = spawn.Pipe()
+            connections.append(ours)
+            processes.append(spawn.Process(target=serve, args=(theirs,)))
+            with signals_held():
+                processes[-1].start()
+            theirs.close()
+        for connection in connections:  # not as arguments: a start hangs if much is to be told to a process that dies
+            connection.send(settings)
+        yield connections
+    finally:
+        for connection in connections:
+            connection.close()
+        for process in processes:
+            if process.pid is not None:
+                process.join()
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Puts signals off while a process is started, since half a start leaves a process with half its orders. The new
+    process inherits that Ctrl-C, which reaches every process of a terminal, is put off, and never looks at it."""
+    received: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda got, _: received.append(got)) for number in numbers]
+    if can_block := hasattr(signal, "pthread_sigmask"):  # not on Windows
+        resource_tracker.ensure_running()  # its start would end the blocking
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        if can_block:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+        for number in received:
+            signal.raise_signal(number)
 
 
 def batches_of(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
@@ -109,37 +166,24 @@ def batches_of(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
         yield batch
 
 
-encoder: "Tokenizer"  # in an encoding process, set when it starts
-frame: tuple[int, int]  # <s> and </s>
-type_code: str
-
-
-def start_encoder(tokenizer_json: str, bos: int, eos: int, dtype: str) -> None:
-    """What an encoding process does first. It needs the tokenizers library only, so it is small and starts quickly."""
-    global encoder, frame, type_code
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches us too; our parent ends us in order
-    threading.Thread(target=end_with_parent, daemon=True).start()
+def serve(connection: Connection) -> None:
+    """What an encoding process does. It needs the tokenizers library only, so it is small and starts quickly."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every process has one core's share
     from tokenizers import Tokenizer
 
-    encoder = Tokenizer.from_str(tokenizer_json)
-    encoder.no_truncation()
-    encoder.no_padding()
-    encoder.encode_special_tokens = True  # a typed </s> stays text
-    frame, type_code = (bos, eos), TYPE_CODES[dtype]
-
-
-def end_with_parent() -> None:
-    """Ends this process when the parent was killed and could not."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def encode_batch(texts: list[str]) -> Encoded:
-    bos, eos = frame
-    ids = array(type_code)
-    for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False):
-        ids.append(bos)
-        ids.extend(encoding.ids)
-        ids.append(eos)
-    return Encoded(ids.tobytes(), len(texts), sum(len(text.encode()) for text in texts))
+    try:
+        tokenizer_json, bos, eos, dtype = connection.recv()
+        encoder = Tokenizer.from_str(tokenizer_json)
+        encoder.no_truncation()
+        encoder.no_padding()
+        encoder.encode_special_tokens = True  # a typed </s> stays text
+        while True:
+            texts = connection.recv()
+            ids = array(TYPE_CODES[dtype])
+            for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False):
+                ids.append(bos)
+                ids.extend(encoding.ids)
+                ids.append(eos)
+            connection.send(Encoded(ids.tobytes(), len(texts), sum(len(text.encode()) for text in texts)))
+    except (EOFError, OSError):
+        pass  # the connection was closed: no more work

@@ -149,17 +149,27 @@ BROKEN_LISTS = {
     "cut off": b'[{"a": 1},\n{"a": 2',
     "trailing comma": b'[{"a": 1},\n]',
     "two lists": b'[{"a": 1}]\n' + b'[{"a": 2}]' * 9,
-    "not UTF-8": '[{"é": 1},\n{"é": 2},\n'.encode() + b'{"\xff": 3},' * 99 + b"{}]",
 }
 
 
 @pytest.mark.parametrize("content", BROKEN_LISTS.values(), ids=BROKEN_LISTS)
 def test_a_broken_list_is_read_up_to_the_break_and_is_an_error(tmp_path, content):
     values, account = read(tmp_path, content, "a.json")
-    assert values == ([] if b"\xff" in content else [{"a": 1}])  # the piece that is read at once must be UTF-8
+    assert values == [{"a": 1}]
     assert account.bad.total() == 1
     with pytest.raises(UserError):
         account.check(0.05)
+
+
+def test_an_item_of_a_list_that_is_not_utf8_is_bad_alone(tmp_path):
+    items = [json.dumps({"text": text}, ensure_ascii=False).encode() for text in lines_of(100)]
+    items[50] = items[50].replace("天气".encode(), b"\xe5\xa4", 1)
+    path = tmp_path / "a.json"
+    path.write_bytes(b"[" + b",\n".join(items) + b"]")
+    account = Account()
+    texts = [text for text, _ in read_as(document, read_records(path, account), account)]
+    assert texts == lines_of(50) + lines_of(100)[51:]
+    assert list(places(account).values()) == [[51]]
 
 
 def test_the_unread_rest_of_a_list_counts_by_its_bytes(tmp_path):
@@ -295,12 +305,12 @@ BAD = [  # sound JSON that does not hold what it should
     (document, {"q": "a"}, "text is null or missing"),
     (document, {"text": 5}, "text is not text"),
     (document, {"text": ["a"]}, "text is not text"),
-    (document, {"text": "a\ud800"}, "half a character (a lone surrogate)"),
+    (document, {"text": "a\ud800"}, "not UTF-8, or half a character (a lone surrogate)"),
     (conversation, {"text": "a"}, "no conversation: neither messages, conversations, output nor q"),
     (conversation, {"q": "a"}, "answer is null or missing"),
     (conversation, {"input": ["a"], "output": "b"}, "input is not text"),
     (conversation, {"q": "a", "a": {"b": 1}}, "answer is not text"),
-    (conversation, {"q": "a", "a": "\udc00"}, "half a character (a lone surrogate)"),
+    (conversation, {"q": "a", "a": "\udc00"}, "not UTF-8, or half a character (a lone surrogate)"),
     (conversation, {"q": "a", "a": "b", "history": "[]"}, "history is not a list of [question, answer] pairs"),
     (conversation, {"q": "a", "a": "b", "history": [["c"]]}, "history is not a list of [question, answer] pairs"),
     (conversation, {"q": "a", "a": "b", "history": [["c", None]]}, "answer is null or missing"),

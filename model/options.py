@@ -1,0 +1,46 @@
+"""The options that scripts share; a script adds its own and sets its own defaults."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class TrainingOptions:
+    data_path: str = ""  # what to train on
+    val_path: str = ""  # held-out data; empty: no validation
+    tokenizer: str = ""  # folder of the tokenizer; empty: the one that comes with the model
+    out_dir: str = "out"  # where weights, metrics and curves go
+    epochs: int = 1  # times through the data
+    max_steps: int = 0  # end after so many steps, whatever the epochs say; 0: no limit
+    batch_size: int = 16  # rows of a micro-batch, in each process
+    accumulation_steps: int = 1  # micro-batches of a step
+    max_seq_len: int = 512  # tokens of a row
+    learning_rate: float = 4e-3  # the highest, after the warm-up
+    warmup_steps: int = 30  # steps in which the learning rate rises
+    schedule: Literal["cosine", "wsd"] = "cosine"  # how it falls to a tenth; wsd: only over the last fifth
+    optimizer: Literal["auto", "muon", "adamw"] = "auto"  # auto: Muon for the matrices, AdamW for the rest
+    weight_decay: float = 0.1  # pull of the matrices towards zero, times the learning rate
+    grad_clip: float = 1.0  # longest gradient, as a norm over all parameters
+    seed: int = 42  # of fresh weights, the order of the data, and dropout
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: the GPU's best half
+    compile: bool = False  # compile the model first (a minute), then train faster
+    log_interval: int = 10  # steps between lines of the metrics
+    save_interval: int = 500  # steps between saved weights; the last step saves always
+    val_interval: int = 500  # steps between validations; the last step validates always
+    num_workers: int = 0  # processes that prepare batches, besides the training one
+
+
+@dataclass
+class InferenceOptions:
+    checkpoint: str = ""  # a .pth or a transformers folder; empty: the newest fitting one in out_dir
+    out_dir: str = "out"  # where to look for the newest checkpoint
+    tokenizer: str = ""  # folder of the tokenizer; empty: the one that comes with the checkpoint
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
+    rope_scaling: float | None = None  # stretch the context by this factor (linear interpolation of positions)
+    temperature: float = 0.7  # below 1: more predictable, above: more varied; 0: always the most probable token
+    top_k: int = 50  # choose among the k most probable tokens; 0: all
+    top_p: float = 0.9  # choose among the fewest tokens that together have this probability
+    repetition_penalty: float = 1.1  # above 1: tokens that have occurred become less probable
+    max_new_tokens: int = 256  # longest answer, in tokens; the prompt does not count
+    seed: int | None = None  # the same seed gives the same answers; none: other ones each time
