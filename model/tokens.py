@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH_CHARACTERS = 100_000  # of a task; long enough that handing it over costs nothing
+KILLED = "a process that encodes was killed (out of memory? try fewer --num_workers)"
 TYPE_CODES = {"uint16": "H", "uint32": "I"}  # of Python's array
 
 
@@ -100,12 +101,19 @@ def ask(idle: "SimpleQueue[Connection]", batch: list[str]) -> Encoded:
     """Has a batch encoded by a process that is idle, and waits for it."""
     connection = idle.get()
     try:
-        connection.send(batch)
+        tell(connection, batch)
         return connection.recv()
     except (EOFError, OSError) as error:
-        raise UserError("a process that encodes was killed (out of memory? try fewer --num_workers)") from error
+        raise UserError(KILLED) from error
     finally:
         idle.put(connection)
+
+
+def tell(connection: Connection, what: object) -> None:
+    try:
+        connection.send(what)
+    except OSError as error:
+        raise UserError(KILLED) from error
 
 
 @contextmanager
@@ -122,7 +130,7 @@ def encoding_processes(number: int, settings: tuple[str, int, int, str]) -> Iter
                 processes[-1].start()
             theirs.close()
         for connection in connections:  # not as arguments: a start hangs if much is to be told to a process that dies
-            connection.send(settings)
+            tell(connection, settings)
         yield connections
     finally:
         for connection in connections:

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import multiprocessing
 import random
 import shutil
 import signal
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 import data_process
 from data_process import All, Dpo, Pretrain, Sft
 from model import tokens
-from model.cli import run
+from model.cli import UserError, run
 from model.dataset import PretrainDataset, SFTDataset
 from model.tokenizer import encode_texts, load_tokenizer, tokenizer_hash
 
@@ -418,6 +419,19 @@ def test_help_names_the_subcommands():
     done = run_script("--help", cwd=ROOT)
     assert done.returncode == 0 and "default: all" in done.stdout
     assert all(name in done.stdout for name in ("pretrain", "sft", "dpo"))
+
+
+def test_a_killed_encoding_process_is_told(tmp_path, tokenizer):
+    def texts():
+        yield "春" * 200_000
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
+        yield "天" * 200_000
+
+    with pytest.raises(UserError, match="was killed"):
+        tokens.write_token_file(tmp_path / "a.bin", texts(), tokenizer, 2)
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
