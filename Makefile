@@ -1,0 +1,20 @@
+# make test: everything a change must pass, from a fresh clone on. make lint: the quick part of it.
+PYTHON ?= python3.11
+VENV = .venv/bin
+
+.PHONY: test lint unit
+
+test: lint unit
+
+# Installed anew whenever the requirements change.
+.venv/installed: requirements.txt requirements-dev.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(VENV)/pip install -q -r requirements-dev.txt
+	touch $@
+
+lint: .venv/installed
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+
+unit: .venv/installed
+	$(VENV)/python -m pytest -n 2 --timeout 180
