@@ -70,12 +70,17 @@ def measure(corpus: Path, dedup: bool) -> tuple[float, float]:
 
 
 def family(pid: int) -> list[int]:
-    """A process and all its descendants."""
+    """A process and all its descendants. One that is just starting shows its parent's memory and does not count."""
     try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
+        children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        started = [child for child in children if command_line(child) != command_line(pid)]
+    except OSError:  # one of them has just ended
         return []
-    return [pid] + [member for child in children for member in family(int(child))]
+    return [pid, *(member for child in started for member in family(child))]
+
+
+def command_line(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def anonymous_bytes(pid: int) -> int:
