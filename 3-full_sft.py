@@ -36,14 +36,16 @@ def main(args: Args) -> None:
     import torch
 
     from model.checkpoint import load_model, newest_checkpoint, weights_path
-    from model.dataset import SFTDataset
+    from model.dataset import SFTDataset, has_history
     from model.distributed import launch
     from model.evaluate import answer_loss
     from model.trainer import Trainer
 
     with launch(args.device) as run:
         torch.manual_seed(args.seed)
-        stage = args.stage if args.stage != "auto" else stage_of(args.data_path)
+        stage = args.stage
+        if stage == "auto":
+            stage = "multi" if has_history(args.data_path) else "single"
         start = args.init_from
         if not start:
             start = newest_checkpoint(args.out_dir, ("pretrain",) if stage == "single" else ("full_sft", "pretrain"))
@@ -67,13 +69,6 @@ def main(args: Args) -> None:
                     num_items_in_batch=batch.num_targets,
                 )
             trainer.step(output)
-
-
-def stage_of(path: str) -> str:
-    """multi if any conversation of the csv has a history."""
-    from model.dataset import has_history
-
-    return "multi" if has_history(path) else "single"
 
 
 if __name__ == "__main__":

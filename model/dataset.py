@@ -170,11 +170,14 @@ class SFTDataset:
         self.skipped: Counter[str] = Counter()
         self.first_lines: dict[str, int] = {}  # reason -> the first csv row (from 1) it happened in
         self.shortened = 0
-        self.has_history = False
         ids, masks, self.starts = [], [], [0]
         for conversations in self.read_conversations():
-            for turns in encode_turns(tokenizer, [messages for _, messages in conversations]):
+            all_turns = encode_turns(tokenizer, [messages for _, messages in conversations])
+            for (number, _), turns in zip(conversations, all_turns, strict=True):
                 conversation_ids, mask = self.fit(turns)
+                if not any(mask):
+                    self.skip(number, "the question alone fills max_seq_len")
+                    continue
                 ids.append(np.array(conversation_ids, dtype=np.uint32))
                 masks.append(np.array(mask, dtype=bool))
                 self.starts.append(self.starts[-1] + len(conversation_ids))
@@ -214,7 +217,6 @@ class SFTDataset:
             return self.skip(number, "history is not a list of [question, answer] pairs")
         if not question.strip() or not answer.strip():
             return self.skip(number, "question or answer is empty")
-        self.has_history |= bool(pairs)
         return [
             message
             for q, a in [*pairs, [question, answer]]
@@ -230,6 +232,17 @@ class SFTDataset:
         ids, mask = [i for turn in kept for i in turn.ids], [m for turn in kept for m in turn.mask]
         self.shortened += len(kept) < len(turns) or len(ids) > self.max_seq_len
         return ids[: self.max_seq_len], mask[: self.max_seq_len]
+
+    def account(self) -> str:
+        """One line: what there is to train on, and what was left out."""
+        filled = len(self.ids) / (len(self.rows) * self.max_seq_len)
+        line = (
+            f"{len(self.lengths):,} conversations, {len(self.ids):,} tokens of which {int(self.mask.sum()):,} are "
+            f"trained, in {len(self.rows):,} rows ({filled:.1%} full); {self.shortened:,} shortened"
+        )
+        for reason, count in self.skipped.items():
+            line += f"; {count:,} skipped, {reason} (first: row {self.first_lines[reason]})"
+        return line
 
     def group(self) -> list[np.ndarray]:
         """Which conversations share a row: packed a few thousand at a time, in random order."""
@@ -249,6 +262,19 @@ class SFTDataset:
             ids = self.ids[span].astype(np.int64)
             segments.append(Segment(ids, np.where(self.mask[span], ids, IGNORED_LABEL)))
         return make_row(segments, self.max_seq_len, self.pad)
+
+
+def has_history(path: str | Path) -> bool:
+    """Whether any conversation of a csv has turns before its last question."""
+    import pandas as pd
+
+    try:
+        chunks = pd.read_csv(path, dtype=str, keep_default_na=False, chunksize=4096, usecols=["history"])
+        return any((~chunk["history"].str.strip().isin(["", "[]"])).any() for chunk in chunks)
+    except FileNotFoundError as error:
+        raise UserError(f"no file {path}: make it with `python data_process.py sft`") from error
+    except (ValueError, pd.errors.ParserError) as error:
+        raise UserError(f"{path} is not a csv file with a column history: {error}") from error
 
 
 def parse_history(cell: str) -> list[list[str]]:

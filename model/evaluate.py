@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .dataset import Batch, Segment, pack, stack_rows
+from .dataset import Batch, Segment, SFTDataset, pack, stack, stack_rows
 from .distributed import Run
 from .model import IGNORED_LABEL, Transformer
 from .tokenizer import encode_texts
@@ -54,12 +54,32 @@ def score_documents(
         nats += summed_loss(model, batch)
         tokens += batch.num_targets
     model.train(was_training)
-    sums = torch.tensor([nats, tokens], dtype=torch.float64)
-    if run.world_size > 1:  # processes with GPUs exchange what lies on them; other devices may lack float64
-        sums = run.sum(sums.to(run.device))
-    nats, tokens = sums.tolist()
+    nats, tokens = sum_over_processes(run, nats, tokens)
     num_bytes = sum(len(text.encode()) for text in texts)
     return Score(nats / math.log(2) / num_bytes, nats / tokens, int(tokens), num_bytes)
+
+
+@torch.no_grad()
+def answer_loss(model: Transformer, data: SFTDataset, run: Run, batch_size: int = 16) -> float:
+    """Nats per token of the answers of held-out conversations; every process scores its share."""
+    nats, tokens = 0.0, 0
+    was_training = model.training
+    model.eval()
+    starts = range(0, len(data), batch_size)
+    for start in starts[run.rank :: run.world_size]:
+        batch = stack([data.row(i) for i in range(start, min(start + batch_size, len(data)))]).to(run.device)
+        nats += summed_loss(model, batch)
+        tokens += batch.num_targets
+    model.train(was_training)
+    nats, tokens = sum_over_processes(run, nats, tokens)
+    return nats / tokens
+
+
+def sum_over_processes(run: Run, *numbers: float) -> list[float]:
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    if run.world_size > 1:  # processes with GPUs exchange what lies on them; other devices may lack float64
+        sums = run.sum(sums.to(run.device))
+    return sums.tolist()
 
 
 def summed_loss(model: Transformer, batch: Batch) -> float:
