@@ -1,5 +1,5 @@
 # make test: everything a change must pass, from a fresh clone on. make lint: the quick part of it.
-PYTHON ?= python3.11
+PYTHON ?= python3
 VENV = .venv/bin
 
 .PHONY: test lint unit
