@@ -95,13 +95,13 @@ def input_files(args: Common) -> dict[str, list[Path]]:
     kinds = [kind for kind, options in dict(pretrain=Pretrain, sft=Sft, dpo=Dpo).items() if isinstance(args, options)]
     if not args.data_path:
         for folder in DEFAULT_FOLDERS:
-            if found := by_kind(data_files(Path(folder)), kinds):
+            if found := by_kind(data_files(Path(folder)), kinds, []):
                 return found
         raise UserError(f"no {' or '.join(kinds)} data in {' or '.join(DEFAULT_FOLDERS)}: name some with --data_path")
     paths = [file for path in map(Path, args.data_path) for file in (data_files(path) if path.is_dir() else [path])]
     if len(kinds) == 1 and not any(Path(path).is_dir() for path in args.data_path):
         return {kinds[0]: paths}  # what the user says is in them is what we look for, and report where it is not
-    found = by_kind(paths, kinds)
+    found = by_kind(paths, kinds, args.data_path)
     if not found:
         raise UserError(f"no {' or '.join(kinds)} data in {', '.join(args.data_path)}")
     return found
@@ -114,19 +114,26 @@ def data_files(folder: Path) -> list[Path]:
     return [path for path in files if "_val" not in path.name and path.name != "pretrain_data.json"]
 
 
-def by_kind(paths: list[Path], kinds: list[str]) -> dict[str, list[Path]]:
-    """Sorts files by what the first sound one of their records is for."""
+def by_kind(paths: list[Path], kinds: list[str], named: list[str]) -> dict[str, list[Path]]:
+    """Sorts files by what the first sound one of their records is for. A file of a folder may be for something else;
+    one that cannot be read, or that was named, is an error."""
     from model.forms import kind_of
     from model.records import Account, read_files
 
     found: dict[str, list[Path]] = {}
     for path in paths:
-        head = islice(read_files([path], Account()), 100)
+        account = Account()
+        head = islice(read_files([path], account), 100)
         kind = next(filter(None, (kind_of(record.value) for record in head)), None)
-        if kind is None:
-            print(f"{path} is not used: it does not begin with texts, conversations or pairs of answers in UTF-8")
-        elif kind in kinds:
+        if kind in kinds:
             found.setdefault(kind, []).append(path)
+        elif kind is None:
+            reason = next(
+                iter(account.lines()), "none of its first records is a text, a conversation or a pair of answers"
+            )
+            if account.bad or str(path) in named:
+                raise UserError(f"cannot use {path}: {reason}")
+            print(f"{path} is not used: {reason}")
     return found
 
 

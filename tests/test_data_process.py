@@ -23,7 +23,7 @@ import data_process
 from data_process import All, Dpo, Pretrain, Sft
 from model import tokens
 from model.cli import UserError, run
-from model.dataset import PretrainDataset, SFTDataset
+from model.dataset import PretrainDataset, SFTDataset, has_history
 from model.tokenizer import encode_texts, load_tokenizer, tokenizer_hash
 
 OUTPUTS = {
@@ -201,7 +201,7 @@ def test_sft_texts_survive_the_table(tmp_path, tokenizer_dir, tokenizer):
     assert table(tmp_path / "sft_data_single.csv") == [[[], text, text] for text in NASTY[::2]]
     assert table(tmp_path / "sft_data.csv") == [[[[text, text]], text, text] for text in NASTY[1::2]]
     data = SFTDataset(tmp_path / "sft_data.csv", tokenizer, 512)
-    assert data.has_history and not data.skipped
+    assert len(data) and not data.skipped and has_history(tmp_path / "sft_data.csv")
 
 
 def test_sft_reads_all_forms_into_two_tables(tmp_path, tokenizer_dir, capsys):
@@ -321,7 +321,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, tokenizer_dir, capsys, command,
     shutil.copy(ROOT / "dataset/sample/dpo.json", tmp_path)
     tokenizer = () if command == "dpo" else ("--tokenizer", tokenizer_dir)
     assert "no file" in process_and_fail(capsys, command, "--data_path", "missing.jsonl", *tokenizer)
-    assert "no " in process_and_fail(capsys, command, "--data_path", "empty.jsonl", *tokenizer)
+    assert "records" in process_and_fail(capsys, command, "--data_path", "empty.jsonl", *tokenizer)
     assert f"no {'pretrain' if command == 'all' else command} " in process_and_fail(capsys, command, *tokenizer)
     share = ("--max_bad_share", 1, "--out_dir", "out")
     if command in ("pretrain", "sft"):
@@ -391,6 +391,15 @@ def test_all_sorts_files_by_their_content(tmp_path, tokenizer_dir, capsys):
     assert not (tmp_path / "out/dpo").exists()
     output = capsys.readouterr().out
     assert f"{raw / 'table.json'} is not used" in output and "README" not in output
+
+
+def test_all_does_not_pass_over_a_file_that_cannot_be_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "dataset" / "sample", tmp_path / "dataset" / "sample")
+    (tmp_path / "dataset" / "mine.jsonl").write_bytes('{"text": "今天天气很好"}\n'.encode("gbk"))
+    assert "mine.jsonl: bad 1: the file is GBK" in process_and_fail(capsys)
+    named = write_jsonl(tmp_path / "table.jsonl", [{"a": 1}])
+    assert "table.jsonl: none of" in process_and_fail(capsys, "--data_path", "dataset/sample", str(named))
 
 
 def test_what_lies_in_dataset_comes_before_the_sample(tmp_path, monkeypatch, tokenizer_dir):
