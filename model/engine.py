@@ -121,7 +121,10 @@ class Detokenizer:
         """What text has become certain with this token; often a word, sometimes nothing."""
         self.ids.append(token)
         text = self.decode()
-        return "" if text.endswith(REPLACEMENT) else self.advance(text)
+        # At most three bytes wait for a fourth. Replacement characters before them are bytes that are no character.
+        unfinished = min(len(text) - len(text.rstrip(REPLACEMENT)), 3)
+        certain = text[: len(text) - unfinished]
+        return self.advance(certain) if len(certain) > len(self.text) else ""
 
     def finish(self) -> str:
         """What was held back, now that nothing follows: bytes that are no character, or a real U+FFFD."""

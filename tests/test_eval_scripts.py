@@ -262,9 +262,9 @@ class Terminal:
 
 @pytest.fixture
 def endless(tmp_path, tokenizer_dir) -> Path:
-    """A model that never ends an answer: </s> has the logit 0, and some other token always has a larger one."""
+    """A model that speaks without end: special tokens have the logit 0, and some other one always has a larger."""
     network = make_model(vocab_size=300, max_seq_len=10**6)
-    torch.nn.init.zeros_(network.tok_embeddings.weight[2])
+    torch.nn.init.zeros_(network.tok_embeddings.weight[:3])
     save_weights(tmp_path / "full_sft_32.pth", network, tokenizer_dir)
     return tmp_path / "full_sft_32.pth"
 
