@@ -254,7 +254,7 @@ class OutputHead(nn.Linear):
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is None:
             return super().forward(x)  # B T V
-        return SummedCrossEntropy.apply(x.flatten(0, -2), self.weight, labels.flatten())
+        return SummedCrossEntropy.apply(x.flatten(0, -2), self.weight, labels.flatten(), torch.is_grad_enabled())
 
 
 class SummedCrossEntropy(torch.autograd.Function):
@@ -262,15 +262,15 @@ class SummedCrossEntropy(torch.autograd.Function):
 
     A chunk of tokens at a time: as long as its logits exist they give the loss and also the gradient, softmax minus
     one-hot; `backward` only scales what was kept. (With 6,400 tokens and more to choose from, logits are by far the
-    largest tensor of a small model.)
+    largest tensor of a small model.) `training` is False where no gradient will be asked for, under torch.no_grad.
     """
 
     @staticmethod
-    def forward(ctx, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
+    def forward(ctx, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, training: bool) -> Tensor:
         x_grad, weight_grad = None, None
-        if ctx.needs_input_grad[0]:
+        if training and ctx.needs_input_grad[0]:
             x_grad = torch.empty_like(x_ND)
-        if ctx.needs_input_grad[1]:
+        if training and ctx.needs_input_grad[1]:
             weight_grad = torch.zeros_like(weight_VD, dtype=torch.float32)
         total = torch.zeros((), device=x_ND.device)
         for start in range(0, len(x_ND), TOKENS_PER_CHUNK):
@@ -299,6 +299,7 @@ class SummedCrossEntropy(torch.autograd.Function):
         return (
             None if x_grad is None else x_grad * scale.to(x_grad.dtype),
             None if weight_grad is None else (weight_grad * scale).to(ctx.weight_dtype),
+            None,
             None,
         )
 
@@ -437,3 +438,8 @@ def default_positions(T: int, past: int, attention_mask: Tensor | None, device: 
     if attention_mask is None:
         return torch.arange(past, past + T, device=device)[None]
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
+
+
+# save_pretrained copies this file and LMConfig.py beside the weights, so that the folder loads without this repository.
+LMConfig.register_for_auto_class()
+Transformer.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,253 @@
+"""The dense model against transformers' Llama, PyTorch's own functions, and itself in other arrangements."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_model
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from model import model as model_module
+from model.LMConfig import PRESETS, LMConfig
+from model.model import SummedCrossEntropy, Transformer
+
+PARAMETERS = {
+    "minimind-small-T": 26_878_464,
+    "minimind-small": 56_863_360,
+    "minimind": 218_399_744,
+    "minimind-moe": 163_052_160,
+    "minimind-v1": 108_749_568,
+    "tiny": 6_065_408,
+}
+
+
+def random_ids(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, 300, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def half_rotated(weight: Tensor, heads: int) -> Tensor:
+    """Rows of q or k from neighbouring rotary pairs to Llama's order: first all first halves, then all second ones."""
+    rows, dim = weight.shape
+    return weight.view(heads, rows // heads // 2, 2, dim).transpose(1, 2).reshape(rows, dim)
+
+
+def llama_of(ours: Transformer, **rope: object) -> LlamaForCausalLM:
+    """transformers' Llama with the same weights."""
+    c = ours.config
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.dim,
+            intermediate_size=c.hidden_dim,
+            num_hidden_layers=c.n_layers,
+            num_attention_heads=c.n_heads,
+            num_key_value_heads=c.n_kv_heads,
+            rms_norm_eps=c.norm_eps,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta} | rope,
+        )
+    ).eval()
+    state = {}
+    for key, value in ours.state_dict().items():
+        if key.endswith("wq.weight"):
+            value = half_rotated(value, c.n_heads)
+        if key.endswith("wk.weight"):
+            value = half_rotated(value, c.n_kv_heads)
+        state[llama_name(key)] = value
+    llama.load_state_dict(state)
+    return llama
+
+
+def llama_name(key: str) -> str:
+    names = {
+        "tok_embeddings": "model.embed_tokens",
+        "output": "lm_head",
+        "attention.wq": "self_attn.q_proj",
+        "attention.wk": "self_attn.k_proj",
+        "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+        "norm": "model.norm",
+    }
+    if key.startswith("layers."):
+        _, index, name = key.removesuffix(".weight").split(".", 2)
+        return f"model.layers.{index}.{names[name]}.weight"
+    return f"{names[key.removesuffix('.weight')]}.weight"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_have_the_published_sizes(preset):
+    with torch.device("meta"):
+        assert Transformer(LMConfig.preset(preset)).num_parameters() == PARAMETERS[preset]
+
+
+@pytest.mark.parametrize("flash_attn", [True, False])
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+def test_logits_and_gradients_are_llamas(flash_attn, n_kv_heads):
+    ours = make_model(n_kv_heads=n_kv_heads, flash_attn=flash_attn, initializer_range=0.1)
+    llama = llama_of(ours)
+    ids = random_ids(3, 40)
+    torch.testing.assert_close(ours(ids).logits, llama(ids).logits, atol=1e-4, rtol=1e-4)
+
+    output, reference = ours(ids, labels=ids), llama(ids, labels=ids)
+    torch.testing.assert_close(output.loss, reference.loss, atol=1e-5, rtol=1e-5)
+    output.loss.backward()
+    reference.loss.backward()
+    theirs = dict(llama.named_parameters())
+    heads = {"wq": ours.config.n_heads, "wk": n_kv_heads}
+    for key, parameter in ours.named_parameters():
+        gradient = parameter.grad
+        if key.split(".")[-2] in heads:
+            gradient = half_rotated(gradient, heads[key.split(".")[-2]])
+        torch.testing.assert_close(gradient, theirs[llama_name(key)].grad, atol=1e-4, rtol=1e-3, msg=key)
+
+
+def test_linear_rope_scaling_is_llamas():
+    ours = make_model(rope_scaling=4.0)
+    llama = llama_of(ours, rope_type="linear", factor=4.0)
+    ids = random_ids(1, 100)
+    torch.testing.assert_close(ours(ids).logits, llama(ids).logits, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(ours(ids).logits, make_model()(ids).logits, atol=1e-2)
+
+
+def test_the_loss_is_cross_entropy_of_the_logits():
+    ours = make_model()
+    ids = random_ids(2, 30)
+    labels = ids.masked_fill(random_ids(2, 30, seed=1) < 100, -100)
+    logits = ours(ids).logits
+    summed = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    trained = (labels[:, 1:] != -100).sum()
+    torch.testing.assert_close(ours(ids, labels=labels).loss, summed / trained)
+    torch.testing.assert_close(ours(ids, labels=labels, num_items_in_batch=7).loss, summed / 7)
+    assert ours(ids, labels=torch.full_like(ids, -100)).loss == 0
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_chunked_loss_has_the_gradients_of_cross_entropy(monkeypatch, frozen):
+    monkeypatch.setattr(model_module, "TOKENS_PER_CHUNK", 7)
+    torch.manual_seed(0)
+    x, weight = torch.randn(30, 8, requires_grad=True), torch.randn(50, 8, requires_grad=not frozen)
+    labels = torch.randint(50, (30,))
+    labels[[0, 5, 6, 29]] = -100
+    inputs = [x] if frozen else [x, weight]
+    loss = SummedCrossEntropy.apply(x, weight, labels, True)
+    reference = F.cross_entropy(x @ weight.T, labels, reduction="sum")
+    torch.testing.assert_close(loss, reference)
+    found, expected = torch.autograd.grad(3 * loss, inputs), torch.autograd.grad(3 * reference, inputs)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_without_gradients_the_chunked_loss_makes_none(monkeypatch):
+    monkeypatch.setattr(Tensor, "scatter_add_", lambda *_: pytest.fail("the gradient was computed"))
+    ids = random_ids(1, 5)
+    with torch.no_grad():
+        make_model()(ids, labels=ids)
+
+
+def test_a_half_precision_loss_is_near():
+    ours = make_model(initializer_range=0.1)
+    ids = random_ids(2, 30)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ours(ids, labels=ids).loss
+    loss.backward()
+    torch.testing.assert_close(loss, ours(ids, labels=ids).loss, atol=0.05, rtol=0.02)
+    assert all(p.grad.isfinite().all() for p in ours.parameters())
+
+
+def test_cached_logits_are_those_without_a_cache():
+    ours = make_model()
+    ids = random_ids(2, 20)
+    cache, logits = DynamicCache(config=ours.config), []
+    for piece in ids.split([9, 1, 1, 6, 3], dim=1):  # a prefix, single tokens, and several at once after a prefix
+        logits.append(ours(piece, past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(logits, 1), ours(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("flash_attn", [True, False])
+def test_padding_changes_nothing(flash_attn):
+    ours = make_model(flash_attn=flash_attn)
+    rows = [random_ids(n, seed=n) for n in (5, 12, 9)]
+    ids, mask = torch.zeros(3, 12, dtype=torch.long), torch.zeros(3, 12, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, 12 - len(row) :], mask[i, 12 - len(row) :] = row, 1
+    logits = ours(ids, attention_mask=mask).logits
+    generated = ours.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    for i, row in enumerate(rows):
+        alone = ours(row[None])
+        torch.testing.assert_close(logits[i, 12 - len(row) :], alone.logits[0], atol=1e-5, rtol=1e-5)
+        expected = ours.generate(row[None], max_new_tokens=6, do_sample=False)[0, len(row) :].tolist()
+        found = generated[i, 12:].tolist()
+        assert found[: len(expected)] == expected and not any(found[len(expected) :])
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("flash_attn", [True, False])
+def test_packed_segments_are_as_if_alone(flash_attn):
+    ours = make_model(flash_attn=flash_attn)
+    segments = [random_ids(n, seed=n) for n in (7, 1, 12, 10)]
+    lengths = [len(segment) for segment in segments]
+    row = torch.cat(segments)[None]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    labels = row.clone()
+    labels[0, [sum(lengths[:i]) for i in range(4)]] = -100
+    packed = ours(row, position_ids=positions, labels=labels, num_items_in_batch=1)
+    packed.loss.backward()
+    gradients = [p.grad.clone() for p in ours.parameters()]
+    ours.zero_grad()
+    alone = sum(ours(s[None], labels=s[None], num_items_in_batch=1).loss for s in segments)
+    alone.backward()
+    torch.testing.assert_close(packed.loss, alone)
+    torch.testing.assert_close(gradients, [p.grad for p in ours.parameters()], atol=1e-4, rtol=1e-3)
+    states = ours(row, position_ids=positions).last_hidden_state.split(lengths, 1)
+    for segment, state in zip(segments, states, strict=True):
+        torch.testing.assert_close(state, ours(segment[None]).last_hidden_state, atol=1e-5, rtol=1e-5)
+
+
+def test_two_rows_may_be_packed_differently():
+    ours = make_model()
+    ids = random_ids(2, 10)
+    positions = torch.stack([torch.cat([torch.arange(4), torch.arange(6)]), torch.arange(10)])
+    logits = ours(ids, position_ids=positions).logits
+    torch.testing.assert_close(logits[1], ours(ids[1:]).logits[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[0, 4:], ours(ids[:1, 4:]).logits[0], atol=1e-5, rtol=1e-5)
+
+
+def test_logits_to_keep():
+    ours = make_model()
+    ids = random_ids(2, 10)
+    everything = ours(ids).logits
+    torch.testing.assert_close(ours(ids, logits_to_keep=3).logits, everything[:, -3:])
+    torch.testing.assert_close(ours(ids, logits_to_keep=torch.tensor([1, 4])).logits, everything[:, [1, 4]])
+
+
+def test_residual_outputs_begin_smaller():
+    ours = Transformer(LMConfig(dim=256, n_layers=8, n_heads=4, n_kv_heads=4))
+    for key, parameter in ours.named_parameters():
+        if parameter.dim() == 2:
+            expected = 0.02 / 4 if key.endswith(("wo.weight", "w2.weight")) else 0.02  # sqrt(2 · 8) = 4
+            assert abs(parameter.std().item() / expected - 1) < 0.02, key
+        else:
+            assert (parameter == 1).all(), key
+
+
+def test_dropout_acts_in_training_only():
+    ours = make_model(dropout=0.5)
+    ids = random_ids(1, 10)
+    torch.testing.assert_close(ours(ids).logits, make_model()(ids).logits)
+    ours.train()
+    assert not torch.allclose(ours(ids).logits, ours(ids).logits)
+
+
+def test_impossible_configurations_are_refused():
+    with pytest.raises(ValueError, match="multiple"):
+        LMConfig(dim=100, n_heads=16)
+    with pytest.raises(ValueError, match="unknown preset"):
+        LMConfig.preset("gpt-5")
+    with pytest.raises(ValueError, match="num_experts_per_tok"):
+        LMConfig(use_moe=True, num_experts_per_tok=5)
+    with pytest.raises(ValueError, match="scoring_func"):
+        LMConfig(scoring_func="sigmoid")

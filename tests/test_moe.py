@@ -1,0 +1,133 @@
+"""The mixture of experts against a loop over tokens and the paper's formulas."""
+
+import pytest
+import torch
+from conftest import make_model
+from test_model import random_ids
+from torch import Tensor
+
+from model.LMConfig import LMConfig
+from model.model import MoEFeedForward, routing
+
+
+def naive_moe(layer: MoEFeedForward, x_D: Tensor, k: int, normalised: bool) -> Tensor:
+    """One token through the layer, expert by expert."""
+    scores = torch.softmax(layer.gate.weight @ x_D, 0)
+    best = sorted(range(len(scores)), key=lambda i: -scores[i].item())[:k]
+    total = sum(scores[i] for i in best) if normalised else 1.0
+    y = sum(scores[i] / total * layer.experts[i](x_D[None])[0] for i in best)
+    return y if layer.shared_experts is None else y + layer.shared_experts(x_D[None])[0]
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("shared", [0, 1, 2])
+def test_a_layer_is_a_loop_over_tokens(k, normalised, shared):
+    torch.manual_seed(0)
+    config = LMConfig(
+        dim=32,
+        n_heads=4,
+        n_kv_heads=4,
+        multiple_of=16,
+        use_moe=True,
+        num_experts_per_tok=k,
+        norm_topk_prob=normalised,
+        n_shared_experts=shared,
+    )
+    layer = MoEFeedForward(config)
+    x = torch.randn(2, 9, 32)
+    y, told = layer(x)
+    expected = torch.stack([naive_moe(layer, token, k, normalised) for token in x.flatten(0, 1)]).view_as(x)
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-4)
+    assert told.load.shape == (4,) and told.load.sum().item() == pytest.approx(1)
+
+
+def naive_balance(scores: Tensor, chosen: Tensor) -> Tensor:
+    """Σ f_i P_i of one sequence [T, E], as DeepSeek-V2 writes it (equations 23 to 25)."""
+    T, E = scores.shape
+    k = chosen.shape[1]
+    total = 0.0
+    for i in range(E):
+        f = E / (k * T) * sum(int(i in chosen[t].tolist()) for t in range(T))
+        total = total + f * sum(scores[t, i] for t in range(T)) / T
+    return total
+
+
+def test_the_balance_is_the_papers_by_row_and_by_batch():
+    torch.manual_seed(0)
+    scores = torch.randn(2, 6, 4).softmax(-1).requires_grad_()
+    chosen = scores.topk(2, -1).indices
+    by_row = routing(scores, chosen, None, per_row=True).balance
+    expected = torch.stack([naive_balance(scores[r], chosen[r]) for r in range(2)])
+    torch.testing.assert_close(by_row, expected)
+    by_batch = routing(scores, chosen, None, per_row=False).balance
+    torch.testing.assert_close(by_batch, naive_balance(scores.flatten(0, 1), chosen.flatten(0, 1)).expand(2))
+    assert torch.autograd.grad(by_row.sum(), scores)[0].abs().sum() > 0
+
+
+def test_padding_does_not_count_in_the_balance():
+    torch.manual_seed(0)
+    scores = torch.randn(1, 6, 4).softmax(-1)
+    chosen = scores.topk(2, -1).indices
+    real = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    torch.testing.assert_close(
+        routing(scores, chosen, real, per_row=True), routing(scores[:, 2:], chosen[:, 2:], None, per_row=True)
+    )
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_even_routing_has_a_balance_of_one_whatever_k(k):
+    scores = torch.full((1, 8, 4), 0.25)
+    chosen = (torch.arange(8)[:, None] + torch.arange(k)) % 4
+    told = routing(scores, chosen[None], None, per_row=True)
+    assert told.balance.item() == pytest.approx(1) and told.load.tolist() == pytest.approx([0.25] * 4)
+
+
+@pytest.mark.parametrize("seq_aux", [True, False])
+def test_the_balance_loss_is_part_of_the_loss(seq_aux):
+    ids = random_ids(2, 20)
+    plain, balanced = (
+        make_model(use_moe=True, seq_aux=seq_aux, aux_loss_alpha=alpha)(ids, labels=ids) for alpha in (0.0, 0.5)
+    )
+    assert plain.aux_loss == 0 and balanced.aux_loss > 0.5  # two layers, each at least nearly 1
+    torch.testing.assert_close(balanced.loss, plain.loss + balanced.aux_loss)
+    assert balanced.expert_load.shape == (2, 4)
+    torch.testing.assert_close(balanced.expert_load.sum(-1), torch.ones(2))
+
+
+def test_the_balance_loss_moves_the_gate():
+    ids = random_ids(2, 20)
+    gradients = []
+    for alpha in (0.0, 1.0):
+        ours = make_model(use_moe=True, aux_loss_alpha=alpha)
+        ours(ids, labels=ids).loss.backward()
+        gradients.append(ours.layers[0].feed_forward.gate.weight.grad)
+    assert (gradients[1] - gradients[0]).abs().max() > 1e-3
+
+
+def test_micro_batches_add_up_to_the_batch():
+    """Sequence-wise balance: rows count with their trained tokens, however they are spread."""
+    ids = random_ids(4, 20)
+    labels = ids.clone()
+    labels[0, :15] = labels[2, 4:] = -100
+    items = int((labels[:, 1:] != -100).sum())
+    ours = make_model(use_moe=True, aux_loss_alpha=0.5)
+    whole = ours(ids, labels=labels).loss
+    whole_gradients = torch.autograd.grad(whole, list(ours.parameters()))
+    parts = [ours(ids[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=items).loss for i in range(4)]
+    torch.testing.assert_close(sum(parts), whole)
+    parts_gradients = torch.autograd.grad(sum(parts), list(ours.parameters()))
+    torch.testing.assert_close(parts_gradients, whole_gradients, atol=1e-5, rtol=1e-3)
+
+
+def test_an_expert_that_nobody_visits_gets_a_gradient_of_zero():
+    ours = make_model(use_moe=True, num_experts_per_tok=1)
+    ours(random_ids(1, 2), labels=random_ids(1, 2)).loss.backward()
+    assert all(p.grad is not None for p in ours.parameters())
+
+
+def test_generation_with_a_cache_equals_generation_without():
+    ours = make_model(use_moe=True)
+    ids = random_ids(1, 8)
+    cached, plain = (ours.generate(ids, max_new_tokens=10, do_sample=False, use_cache=c) for c in (True, False))
+    assert cached.tolist() == plain.tolist()
