@@ -42,7 +42,7 @@ class LMConfig(PretrainedConfig):
     norm_eps: float = 1e-5  # keeps RMSNorm from dividing by zero
     max_seq_len: int = 512  # context in tokens that the model is trained on
     rope_theta: float = 10000.0  # base of the rotary wavelengths
-    rope_scaling: float | None = None  # linear interpolation: positions are divided by this
+    rope_scaling: float | dict | None = None  # linear interpolation: positions are divided by this factor
     dropout: float = 0.0  # probability of dropping an activation, in training only
     flash_attn: bool = True  # PyTorch's fused attention; False: the same, written out
     use_moe: bool = False  # mixture of experts in place of the one feed-forward layer
@@ -63,6 +63,8 @@ class LMConfig(PretrainedConfig):
         if self.hidden_dim is None:
             self.hidden_dim = feed_forward_width(self.dim, self.multiple_of)
         self.n_shared_experts = int(self.n_shared_experts or 0)
+        if isinstance(self.rope_scaling, float | int):  # as a dict: transformers' own code expects one in config.json
+            self.rope_scaling = {"rope_type": "linear", "factor": float(self.rope_scaling)}
         super().__post_init__(**kwargs)
         if self.dim % (2 * self.n_heads) or self.n_heads % self.n_kv_heads:
             raise ValueError(
@@ -71,8 +73,15 @@ class LMConfig(PretrainedConfig):
             )
         if self.use_moe and not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
             raise ValueError(f"num_experts_per_tok must lie between 1 and n_routed_experts {self.n_routed_experts}")
+        if self.rope_scaling and (self.rope_scaling.get("rope_type") != "linear" or not self.rope_factor > 0):
+            raise ValueError(f"rope_scaling {self.rope_scaling} must be linear, with a factor above 0")
         if self.scoring_func != "softmax":
             raise ValueError(f"scoring_func {self.scoring_func!r} is unknown; there is only softmax")
+
+    @property
+    def rope_factor(self) -> float:
+        """What positions are divided by."""
+        return self.rope_scaling["factor"] if self.rope_scaling else 1.0
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "LMConfig":

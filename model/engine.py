@@ -34,7 +34,7 @@ class Engine:
     def __init__(self, model: Transformer, tokenizer: PreTrainedTokenizerBase, path: str | Path = ""):
         self.model, self.tokenizer = model, tokenizer
         self.path = path  # where it came from
-        self.context = int(model.config.max_seq_len * (model.config.rope_scaling or 1))
+        self.context = int(model.config.max_seq_len * model.config.rope_factor)
 
     def chat(self, messages: Sequence[Message], sampling: Sampling) -> "Answer":
         """The assistant's next turn. A conversation too long for the context loses its oldest turns.

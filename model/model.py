@@ -38,15 +38,15 @@ class RMSNorm(nn.Module):
         return scaled.type_as(x) * self.weight
 
 
-def rotary_tables(position_ids: Tensor, head_dim: int, theta: float, scaling: float | None) -> tuple[Tensor, Tensor]:
+def rotary_tables(position_ids: Tensor, head_dim: int, theta: float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """Cosines and sines of RoPE's angles, position · theta^(-2i/d) (Su et al. 2021): two tensors [B, T, 1, d/2].
 
-    `scaling` divides the positions (linear interpolation, Chen et al. 2023). The tables are cheap, so they are made
+    `factor` divides the positions (linear interpolation, Chen et al. 2023). The tables are cheap, so they are made
     anew for each call: nothing has to be stored with the weights or ends at a longest context.
     """
     exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
     frequencies = 1.0 / theta**exponents  # d/2
-    positions = position_ids.float() / (scaling or 1.0)
+    positions = position_ids.float() / factor
     angles = positions[:, :, None, None] * frequencies
     return angles.cos(), angles.sin()
 
@@ -392,7 +392,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = default_positions(T, past, attention_mask if real is not None else None, x.device)
         config = self.config
-        cos, sin = rotary_tables(position_ids, config.dim // config.n_heads, config.rope_theta, config.rope_scaling)
+        cos, sin = rotary_tables(position_ids, config.dim // config.n_heads, config.rope_theta, config.rope_factor)
 
         x = F.dropout(x, config.dropout, self.training)
         hidden_states, routings = [x], []

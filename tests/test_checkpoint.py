@@ -95,7 +95,7 @@ def test_a_folder_of_checkpoints_can_be_moved(saved, tmp_path):
 
 def test_overrides_change_the_configuration(saved):
     loaded, _ = load_model(saved, rope_scaling=2.0, max_seq_len=None)
-    assert (loaded.config.rope_scaling, loaded.config.max_seq_len) == (2.0, 64)
+    assert (loaded.config.rope_factor, loaded.config.max_seq_len) == (2.0, 64)
 
 
 # Published weights: no description beside them.
@@ -350,7 +350,7 @@ def folder(tmp_path, tokenizer_dir) -> Path:
 def test_a_transformers_folder_loads(folder):
     loaded, tokenizer = load_model(folder, rope_scaling=2.0)
     assert same_weights(loaded, make_model())
-    assert (loaded.config.rope_scaling, loaded.config.n_heads, len(tokenizer)) == (2.0, 4, 300)
+    assert (loaded.config.rope_factor, loaded.config.n_heads, len(tokenizer)) == (2.0, 4, 300)
 
 
 def test_a_transformers_folder_of_several_files_loads(folder):

@@ -249,5 +249,8 @@ def test_impossible_configurations_are_refused():
         LMConfig.preset("gpt-5")
     with pytest.raises(ValueError, match="num_experts_per_tok"):
         LMConfig(use_moe=True, num_experts_per_tok=5)
+    for scaling in (0.0, {"rope_type": "yarn", "factor": 2.0}, {"factor": 2.0}):
+        with pytest.raises(ValueError, match="rope_scaling"):
+            LMConfig(rope_scaling=scaling)
     with pytest.raises(ValueError, match="scoring_func"):
         LMConfig(scoring_func="sigmoid")

@@ -1,0 +1,149 @@
+"""The model inside transformers, accelerate, peft: what users of those libraries do with it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import make_model
+from peft import LoraConfig, get_peft_model
+from test_model import random_ids
+from transformers import Trainer, TrainingArguments
+
+from model.model import Transformer, rotary_tables
+
+DENSE_LAYER = ["attention.wq", "attention.wk", "attention.wv", "attention.wo", "attention_norm", "ffn_norm"]
+FEED_FORWARD = ["w1", "w2", "w3"]
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_the_keys_are_the_published_ones(use_moe):
+    expected = {"tok_embeddings.weight", "norm.weight", "output.weight"}
+    for layer in range(2):
+        names = list(DENSE_LAYER)
+        if use_moe:
+            names += [f"feed_forward.experts.{e}.{w}" for e in range(4) for w in FEED_FORWARD]
+            names += [f"feed_forward.shared_experts.{w}" for w in FEED_FORWARD] + ["feed_forward.gate"]
+        else:
+            names += [f"feed_forward.{w}" for w in FEED_FORWARD]
+        expected |= {f"layers.{layer}.{name}.weight" for name in names}
+    ours = make_model(use_moe=use_moe)
+    assert set(ours.state_dict()) == expected
+    assert ours.output.weight is ours.tok_embeddings.weight
+
+
+FRESH_PROCESS = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, results = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+module = sys.modules[type(model).__module__]
+cos, sin = module.rotary_tables(torch.arange(50)[None], 8, model.config.rope_theta, model.config.rope_factor)
+ids = torch.load(results + ".ids", weights_only=True)
+generated = model.generate(ids, max_new_tokens=5, do_sample=False)
+torch.save({"logits": model(ids).logits, "cos": cos, "sin": sin, "generated": generated}, results)
+assert len(tokenizer("你好").input_ids) > 0
+"""
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_a_saved_folder_loads_anywhere(use_moe, tokenizer, tmp_path):
+    """In a fresh process, in another folder, without this repository and offline."""
+    ours = make_model(use_moe=use_moe, rope_scaling=2.0)
+    ours.save_pretrained(tmp_path / "folder")
+    tokenizer.save_pretrained(tmp_path / "folder")
+    ids = random_ids(1, 12)
+    torch.save(ids, tmp_path / "results.ids")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", FRESH_PROCESS, "folder", "results"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "results", weights_only=True)
+    torch.testing.assert_close(found["logits"], ours(ids).logits)
+    cos, sin = rotary_tables(torch.arange(50)[None], 8, ours.config.rope_theta, 2.0)
+    assert torch.equal(found["cos"], cos) and torch.equal(found["sin"], sin)
+    assert found["generated"].tolist() == ours.generate(ids, max_new_tokens=5, do_sample=False).tolist()
+
+    again = Transformer.from_pretrained(tmp_path / "folder")
+    assert again.output.weight is again.tok_embeddings.weight
+    torch.testing.assert_close(again.eval()(ids).logits, ours(ids).logits)
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_accelerate_trains_it(use_moe):
+    accelerator = Accelerator(cpu=True)
+    ours = make_model(use_moe=use_moe).train()
+    ours, optimizer = accelerator.prepare(ours, torch.optim.AdamW(ours.parameters(), lr=1e-2))
+    ids = random_ids(4, 20)
+    losses = []
+    for _ in range(3):
+        loss = ours(input_ids=ids, labels=ids).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[2] < losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_transformers_trainer_trains_it(use_moe, tmp_path):
+    ours = make_model(use_moe=use_moe)
+    ids = random_ids(8, 20)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    labels = ids.clone()
+    labels[:, 0] = -100  # Trainer counts labels before the shift: one that nothing can predict would count, too
+    rows = [{"input_ids": row, "labels": row_labels} for row, row_labels in zip(ids, labels, strict=True)]
+    trainer = Trainer(ours, arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[2] < losses[1] < losses[0]
+    # The first loss is that of the untrained model: accumulation neither doubles nor halves it.
+    assert losses[0] == pytest.approx(make_model(use_moe=use_moe)(ids, labels=ids).loss.item(), rel=1e-3)
+    assert trainer.evaluate()["eval_loss"] < losses[0]
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(use_moe):
+    ids = random_ids(2, 20)
+    gradients = []
+    for checkpointing in (False, True):
+        ours = make_model(use_moe=use_moe).train()
+        if checkpointing:
+            ours.gradient_checkpointing_enable()
+        ours(ids, labels=ids).loss.backward()
+        gradients.append([p.grad for p in ours.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_peft_adapts_the_matrices_and_leaves_the_head_alone(use_moe):
+    adapted = get_peft_model(make_model(use_moe=use_moe), LoraConfig(r=2, target_modules="all-linear"))
+    trainable = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert any("attention.wk.lora_A" in name for name in trainable)
+    assert any("w2.lora_A" in name for name in trainable)
+    assert not any("output" in name or "tok_embeddings" in name for name in trainable)
+    ids = random_ids(2, 20)
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    assert all((p.grad is not None) == p.requires_grad for p in adapted.parameters())
+
+
+def test_beams_and_sampling_run():
+    ours, ids = make_model(), random_ids(2, 6)
+    assert ours.generate(ids, max_new_tokens=4, num_beams=3).shape[1] <= 10
+    assert ours.generate(ids, max_new_tokens=4, do_sample=True, top_k=5).shape[1] <= 10
