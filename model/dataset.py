@@ -287,6 +287,8 @@ def parse_history(cell: str) -> list[list[str]]:
         return []
     try:
         pairs = json.loads(cell)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     except ValueError:
         try:
             pairs = ast.literal_eval(cell)

@@ -17,7 +17,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .LMConfig import LMConfig
 
@@ -210,6 +210,7 @@ def routing(scores_BTE: Tensor, chosen_BTk: Tensor, real_BT: Tensor | None, per_
     load = visits_BE.sum(0) / (k * real.sum())
     if not per_row:
         visits_BE, scores_BE, tokens_B1 = (x.sum(0).expand(B, -1) for x in (visits_BE, scores_BE, tokens_B1))
+    tokens_B1 = tokens_B1.clamp(min=1)  # a row may be nothing but padding
     f = visits_BE * E / (k * tokens_B1)
     P = scores_BE / tokens_B1
     return Routing((f * P).sum(-1), load)
@@ -237,12 +238,13 @@ class Block(GradientCheckpointingLayer):
         mask: Tensor | None,
         real: Tensor | None,
         past_key_values: Cache | None,
-    ) -> tuple[Tensor, Routing | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Returns x, and the routing's balance and load, one by one: only so does reentrant checkpointing see them."""
         x = x + self.attention(self.attention_norm(x), cos, sin, mask, past_key_values)
         if self.is_moe:
             y, routing = self.feed_forward(self.ffn_norm(x), real)
-            return x + y, routing
-        return x + self.feed_forward(self.ffn_norm(x)), None
+            return x + y, routing.balance, routing.load
+        return x + self.feed_forward(self.ffn_norm(x)), None, None
 
 
 class OutputHead(nn.Linear):
@@ -356,6 +358,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -368,9 +371,8 @@ class Transformer(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool = False,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
-        return_dict: bool = True,
         **kwargs,  # generation and trainers hand over more than a plain decoder has a use for
-    ) -> LMOutput | tuple:
+    ) -> LMOutput:
         """Token ids [B, T] -> logits, or with `labels` the loss.
 
         Args:
@@ -395,29 +397,35 @@ class Transformer(PreTrainedModel, GenerationMixin):
         cos, sin = rotary_tables(position_ids, config.dim // config.n_heads, config.rope_theta, config.rope_factor)
 
         x = F.dropout(x, config.dropout, self.training)
-        hidden_states, routings = [x], []
+        hidden_states, balances, loads = [], [], []
         for layer in self.layers:
-            x, routing = layer(x, cos, sin, mask, real, past_key_values=past_key_values)
-            hidden_states.append(x)
-            routings.append(routing)
-        x = hidden_states[-1] = self.norm(x)
+            if output_hidden_states:
+                hidden_states.append(x)
+            x, balance, load = layer(x, cos, sin, mask, real, past_key_values=past_key_values)
+            balances.append(balance)
+            loads.append(load)
+        x = self.norm(x)
 
-        output = LMOutput(last_hidden_state=x, past_key_values=past_key_values)
-        if output_hidden_states:
-            output.hidden_states = tuple(hidden_states)
-        if config.use_moe:
-            output.expert_load = torch.stack([routing.load for routing in routings])
+        loss, aux_loss, logits = None, None, None
         if labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            output.logits = self.output(x[:, kept])
+            logits = self.output(x[:, kept])
         else:
-            self.add_loss(output, labels, routings, num_items_in_batch)
-        return output if return_dict else output.to_tuple()
+            loss, aux_loss = self.losses(x, labels, balances, num_items_in_batch)
+        return LMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values,
+            hidden_states=(*hidden_states, x) if output_hidden_states else None,
+            last_hidden_state=x,
+            aux_loss=aux_loss,
+            expert_load=torch.stack(loads) if config.use_moe else None,
+        )
 
-    def add_loss(
-        self, output: LMOutput, labels: Tensor, routings: list[Routing | None], num_items: int | Tensor | None
-    ) -> None:
-        """Fills in `loss`, and for a mixture of experts `aux_loss`.
+    def losses(
+        self, x: Tensor, labels: Tensor, balances: list[Tensor | None], num_items: int | Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The loss, and of a mixture of experts the balance loss in it.
 
         A row's balance counts with its trained tokens / num_items, as its cross-entropy does: so the loss of a global
         batch does not depend on how its rows are spread over processes and micro-batches.
@@ -426,11 +434,12 @@ class Transformer(PreTrainedModel, GenerationMixin):
         trained_per_row = (labels != IGNORED_LABEL).sum(-1)  # B
         if num_items is None:
             num_items = trained_per_row.sum().clamp(min=1)
-        output.loss = self.output(output.last_hidden_state, labels) / num_items
-        if self.config.use_moe:
-            balance = torch.stack([routing.balance for routing in routings]).sum(0)  # B, summed over layers
-            output.aux_loss = self.config.aux_loss_alpha * (balance * trained_per_row).sum() / num_items
-            output.loss = output.loss + output.aux_loss
+        loss = self.output(x, labels) / num_items
+        if not self.config.use_moe:
+            return loss, None
+        balance = torch.stack(balances).sum(0)  # B, summed over layers
+        aux_loss = self.config.aux_loss_alpha * (balance * trained_per_row).sum() / num_items
+        return loss + aux_loss, aux_loss
 
 
 def default_positions(T: int, past: int, attention_mask: Tensor | None, device: torch.device) -> Tensor:

@@ -216,6 +216,21 @@ def test_two_rows_may_be_packed_differently():
     torch.testing.assert_close(logits[0, 4:], ours(ids[:1, 4:]).logits[0], atol=1e-5, rtol=1e-5)
 
 
+def test_trailing_padding_changes_nothing():
+    """A row of the data set: segments, then padding that counts from 0 again and has no labels."""
+    ours = make_model()
+    segments = [random_ids(n, seed=n) for n in (6, 3)]
+    row = torch.cat([*segments, torch.zeros(5, dtype=torch.long)])[None]
+    positions = torch.cat([torch.arange(n) for n in (6, 3, 5)])[None]
+    labels = row.clone()
+    labels[0, [0, 6]] = labels[0, 9:] = -100
+    padded = ours(row, position_ids=positions, labels=labels)
+    without = ours(row[:, :9], position_ids=positions[:, :9], labels=labels[:, :9])
+    torch.testing.assert_close(padded.loss, without.loss)
+    alone = sum(ours(s[None], labels=s[None], num_items_in_batch=7).loss for s in segments)  # 5 + 2 targets
+    torch.testing.assert_close(padded.loss, alone)
+
+
 def test_logits_to_keep():
     ours = make_model()
     ids = random_ids(2, 10)

@@ -75,6 +75,38 @@ def test_padding_does_not_count_in_the_balance():
     )
 
 
+@pytest.mark.parametrize("seq_aux", [True, False])
+def test_a_padded_batch_has_the_loss_of_its_rows(seq_aux):
+    """Cross-entropy and balance, padding on either side; batch-wise, it is one balance of all real tokens."""
+    ours = make_model(use_moe=True, seq_aux=seq_aux, aux_loss_alpha=0.5)
+    rows = [random_ids(n, seed=n) for n in (5, 12)]
+    alone = [ours(row[None], labels=row[None], num_items_in_batch=15) for row in rows]  # 4 + 11 targets
+    for first in (7, 0):
+        ids, mask = torch.zeros(2, 12, dtype=torch.long), torch.zeros(2, 12, dtype=torch.long)
+        ids[0, first : first + 5], mask[0, first : first + 5] = rows[0], 1
+        ids[1], mask[1] = rows[1], 1
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[0, first] = -100  # nothing but padding stands before it
+        padded = ours(ids, attention_mask=mask, labels=labels)
+        if seq_aux:
+            torch.testing.assert_close(padded.loss, sum(row.loss for row in alone))
+        else:
+            torch.testing.assert_close(padded.loss - padded.aux_loss, sum(row.loss - row.aux_loss for row in alone))
+        load = (5 * alone[0].expert_load + 12 * alone[1].expert_load) / 17
+        torch.testing.assert_close(padded.expert_load, load)
+
+
+@pytest.mark.parametrize("seq_aux", [True, False])
+def test_a_row_of_nothing_but_padding_adds_nothing(seq_aux):
+    ours = make_model(use_moe=True, seq_aux=seq_aux, aux_loss_alpha=0.5)
+    row = random_ids(1, 8)
+    ids = torch.cat([row, torch.zeros_like(row)])
+    mask = torch.tensor([[1] * 8, [0] * 8])
+    padded = ours(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+    torch.testing.assert_close(padded.loss, ours(row, labels=row).loss)
+    torch.testing.assert_close(padded.expert_load, ours(row, labels=row).expert_load)
+
+
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_even_routing_has_a_balance_of_one_whatever_k(k):
     scores = torch.full((1, 8, 4), 0.25)

@@ -119,21 +119,24 @@ def test_transformers_trainer_trains_it(use_moe, tmp_path):
 
 
 @pytest.mark.parametrize("use_moe", [False, True])
-def test_gradient_checkpointing_gives_the_same_gradients(use_moe):
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(use_moe, use_reentrant):
     ids = random_ids(2, 20)
     gradients = []
     for checkpointing in (False, True):
-        ours = make_model(use_moe=use_moe).train()
+        ours = make_model(use_moe=use_moe, aux_loss_alpha=1.0).train()
         if checkpointing:
-            ours.gradient_checkpointing_enable()
+            ours.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         ours(ids, labels=ids).loss.backward()
         gradients.append([p.grad for p in ours.parameters()])
     torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("use_moe", [False, True])
-def test_peft_adapts_the_matrices_and_leaves_the_head_alone(use_moe):
-    adapted = get_peft_model(make_model(use_moe=use_moe), LoraConfig(r=2, target_modules="all-linear"))
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_peft_adapts_the_matrices_and_leaves_the_head_alone(use_moe, task_type):
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type=task_type)
+    adapted = get_peft_model(make_model(use_moe=use_moe), lora)
     trainable = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert any("attention.wk.lora_A" in name for name in trainable)
     assert any("w2.lora_A" in name for name in trainable)
@@ -141,6 +144,29 @@ def test_peft_adapts_the_matrices_and_leaves_the_head_alone(use_moe):
     ids = random_ids(2, 20)
     adapted(input_ids=ids, labels=ids).loss.backward()
     assert all((p.grad is not None) == p.requires_grad for p in adapted.parameters())
+
+
+def test_outputs_may_be_tuples():
+    """The loss first, or without labels the logits, as in transformers' own models."""
+    ours, ids = make_model(), random_ids(1, 6)
+    for labels, first in ((ids, "loss"), (None, "logits")):
+        expected = ours(ids, labels=labels)
+        assert torch.equal(ours(ids, labels=labels, return_dict=False)[0], expected[first])
+        assert torch.equal(expected[0], expected[first])
+        assert ours(ids, labels=labels, return_dict=None)[first].shape == expected[first].shape
+
+
+def test_hidden_states_are_those_of_every_layer():
+    ours, ids = make_model(n_layers=3), random_ids(1, 6)
+    output = ours(ids, output_hidden_states=True)
+    assert len(output.hidden_states) == 4
+    assert torch.equal(output.hidden_states[0], ours.tok_embeddings(ids))
+    assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
+    torch.testing.assert_close(ours.output(output.last_hidden_state), output.logits)
+    # What one block fewer gives, before the final norm, is what the last block is given.
+    ours.layers = ours.layers[:2]
+    torch.testing.assert_close(ours.norm(output.hidden_states[2]), ours(ids).last_hidden_state)
+    assert ours(ids).hidden_states is None
 
 
 def test_beams_and_sampling_run():

@@ -1,0 +1,204 @@
+"""Optimizers, schedules, and whole training runs through the scripts, with one process and with two."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import LINES, ROOT, load_script, make_model
+from test_dataset import DIALOGUES, write_csv
+
+from model.checkpoint import load_model
+from model.cli import parse
+from model.optim import Muon, build_optimizers, learning_rate_factor, orthogonalize
+from model.tokenizer import encode_texts, tokenizer_hash
+
+
+def test_orthogonalized_updates_have_singular_values_near_one():
+    torch.manual_seed(0)
+    for shape in [(40, 40), (40, 100), (3, 100, 40)]:
+        G = torch.randn(shape)
+        values = torch.linalg.svdvals(orthogonalize(G))
+        assert values.min() > 0.6 and values.max() < 1.3
+        U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+        nearest = U @ Vh
+        similarity = torch.nn.functional.cosine_similarity(orthogonalize(G).flatten(), nearest.flatten(), dim=0)
+        assert similarity > 0.97
+
+
+def test_a_muon_step_written_out():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(6, 4))
+    before, optimizer, momentum = weight.detach().clone(), Muon([weight], lr=0.1, weight_decay=0.5), torch.zeros(6, 4)
+    for gradient in torch.randn(3, 6, 4):
+        weight.grad = gradient
+        optimizer.step()
+        momentum = 0.95 * momentum + 0.05 * gradient
+        update = orthogonalize(0.05 * gradient + 0.95 * momentum)
+        before = before * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 6**0.5 * update
+    torch.testing.assert_close(weight.detach(), before)
+
+
+def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
+    for use_moe in (False, True):
+        model = make_model(use_moe=use_moe)
+        muon, adamw = build_optimizers(model, "muon", 1e-3, 0.1)
+        names = {id(p): name for name, p in model.named_parameters()}
+        by_muon = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+        decayed, plain = ({names[id(p)] for p in group["params"]} for group in adamw.param_groups)
+        assert by_muon == {n for n, p in model.named_parameters() if n.startswith("layers.") and p.dim() == 2}
+        assert decayed == {"tok_embeddings.weight"} and plain == {n for n in names.values() if "norm" in n}
+        (only,) = build_optimizers(model, "adamw", 1e-3, 0.1)
+        assert sum(len(group["params"]) for group in only.param_groups) == len(names)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_schedules(schedule):
+    factors = [learning_rate_factor(step, 100, 10, schedule) for step in range(100)]
+    assert factors[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert max(factors) == 1 and factors[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+    middle = factors[54]  # half-way down
+    assert middle == (1.0 if schedule == "wsd" else pytest.approx(0.55, abs=0.02))
+
+
+@pytest.fixture
+def data(tmp_path, tokenizer, tokenizer_dir):
+    """A token file of 61 rows of 16, and a csv; flags for a very small model."""
+    documents = [[1, *ids, 2] for ids in encode_texts(tokenizer, [LINES[i % 6] * (i % 3 + 1) for i in range(40)])]
+    tokens = np.array(sum(documents, []), dtype=np.uint16)
+    tokens.tofile(tmp_path / "tokens.bin")
+    description = dict(dtype="uint16", tokens=len(tokens), tokenizer_sha256=tokenizer_hash(tokenizer_dir))
+    (tmp_path / "tokens.json").write_text(json.dumps(description))
+    write_csv(tmp_path / "sft.csv", [[json.dumps(h), q * n, a * n] for n in range(1, 8) for h, q, a in DIALOGUES])
+    (tmp_path / "val.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in LINES))
+    return tmp_path
+
+
+def pretrain_flags(data, tokenizer_dir, out, *more) -> list[str]:
+    flags = ["--data_path", data / "tokens.bin", "--tokenizer", tokenizer_dir, "--out_dir", out, "--max_seq_len", 32]
+    flags += ["--model", "tiny", "--dim", 32, "--n_layers", 2, "--n_heads", 4, "--n_kv_heads", 2]
+    flags += ["--log_interval", 1, "--warmup_steps", 3, "--device", "cpu", *more]
+    return [str(flag) for flag in flags]
+
+
+def train(script: str, flags: list) -> None:
+    module = load_script(script)
+    module.main(parse(module.Args, [str(flag) for flag in flags]))
+
+
+def metrics(path) -> list[dict]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize("moe", ["--no_use_moe", "--use_moe"])
+def test_the_chain_from_tokens_to_a_chat_model(data, tokenizer_dir, tmp_path, moe):
+    out = tmp_path / "out"
+    suffix = "_moe" if moe == "--use_moe" else ""
+    val = ["--val_path", data / "val.jsonl", "--max_steps", 12, "--save_interval", 1000, "--val_interval", 5]
+    train("1-pretrain.py", pretrain_flags(data, tokenizer_dir, out, moe, *val))
+    base = out / f"pretrain_32{suffix}.pth"
+    losses = [line["loss"] for line in metrics(base.with_suffix(".metrics.jsonl"))]
+    assert len(losses) == 12 and losses[-1] < losses[0] - 0.3
+    lines = [json.loads(line) for line in base.with_suffix(".metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "bits_per_byte" in line] == [5, 10, 12]
+    assert ("expert_load" in lines[0]) == bool(suffix)
+    described = json.loads(base.with_suffix(".json").read_text())
+    assert (described["stage"], described["step"]) == (f"pretrain_32{suffix}", 12)
+    assert base.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+    sft = ["--data_path", data / "sft.csv", "--out_dir", out, "--max_seq_len", 128, "--log_interval", 1, "--epochs", 4]
+    train("3-full_sft.py", [*sft, "--stage", "single", "--batch_size", 4, "--val_path", data / "sft.csv"])
+    single = out / "single_chat" / f"full_sft_32{suffix}.pth"
+    losses = [line["loss"] for line in metrics(single.with_suffix(".metrics.jsonl"))]
+    assert losses[-1] < losses[0]
+    train("3-full_sft.py", [*sft, "--batch_size", 4])  # a history is there: multi, from the single-turn model
+    multi = out / "multi_chat" / f"full_sft_32{suffix}.pth"
+    first = metrics(multi.with_suffix(".metrics.jsonl"))[0]["loss"]
+    assert abs(first - losses[-1]) < 0.5 and first < losses[0]
+    model, tokenizer = load_model(multi)
+    assert model.config.use_moe == bool(suffix) and len(tokenizer) == model.config.vocab_size
+
+
+def losses_of(script: str, flags: list, weights) -> list[float]:
+    train(script, flags)
+    return [line["loss"] for line in metrics(weights.with_suffix(".metrics.jsonl"))]
+
+
+def test_accumulated_micro_batches_are_one_batch(data, tokenizer_dir, tmp_path):
+    """An epoch and a half: its short last group included."""
+    results = {}
+    for batch, accumulation in [(6, 1), (3, 2), (2, 3), (1, 6)]:
+        out = tmp_path / f"out{batch}"
+        flags = pretrain_flags(data, tokenizer_dir, out, "--batch_size", batch, "--accumulation_steps", accumulation)
+        flags += ["--optimizer", "adamw", "--learning_rate", "1e-3", "--max_steps", "12"]
+        results[batch] = losses_of("1-pretrain.py", flags, out / "pretrain_32.pth")
+    assert len(results[6]) == 12
+    for batch in (3, 2, 1):
+        assert results[batch] == pytest.approx(results[6], abs=1e-5)
+
+
+def test_every_row_is_trained_once_an_epoch(data, tokenizer_dir, tmp_path):
+    out = tmp_path / "out"
+    train("1-pretrain.py", pretrain_flags(data, tokenizer_dir, out, "--batch_size", 4, "--accumulation_steps", 3))
+    lines = metrics(out / "pretrain_32.metrics.jsonl")
+    total = json.loads((data / "tokens.json").read_text())["tokens"]
+    rows = -(-(total - 1) // 31)
+    assert lines[-1]["step"] == -(-rows // 12)
+    assert lines[-1]["tokens"] == total + rows - 1  # rows overlap by one token
+    assert lines[-1]["epoch"] == 1
+
+
+def torchrun(*command: object, processes: int = 2) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    return subprocess.run(
+        list(map(str, [*launcher, *command])),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_two_processes_are_one_with_a_batch_twice_as_large(data, tokenizer_dir, tmp_path):
+    common = ["--learning_rate", "1e-3", "--max_steps", "12", "--optimizer", "adamw"]
+    flags = pretrain_flags(data, tokenizer_dir, tmp_path / "two", *common, "--batch_size", 3)
+    done = torchrun("1-pretrain.py", *flags, "--val_path", data / "val.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 processes") == 1  # one of them speaks
+    flags = pretrain_flags(data, tokenizer_dir, tmp_path / "one", *common, "--batch_size", 6)
+    one = losses_of("1-pretrain.py", [*flags, "--val_path", data / "val.jsonl"], tmp_path / "one" / "pretrain_32.pth")
+    two = [line["loss"] for line in metrics(tmp_path / "two" / "pretrain_32.metrics.jsonl")]
+    assert two == pytest.approx(one, abs=1e-5)
+    last = [
+        json.loads((tmp_path / n / "pretrain_32.metrics.jsonl").read_text().splitlines()[-1]) for n in ("one", "two")
+    ]
+    assert last[1]["bits_per_byte"] == pytest.approx(last[0]["bits_per_byte"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model", "gpt-5"], "no such preset"),
+        (["--model", "minimind"], "train one with"),
+        (["--data_path", "nowhere.bin"], "data_process.py pretrain"),
+        (["--dim", "100"], "multiple"),
+        (["--init_from", "nowhere.pth"], "nowhere.pth"),
+        (["--max_step", "3"], "--max_steps"),
+    ],
+)
+def test_mistakes_end_with_one_line_and_exit_code_2(flags, words, capsys, monkeypatch, tmp_path):
+    from model import cli
+
+    monkeypatch.chdir(tmp_path)
+    module = load_script("1-pretrain.py")
+    with pytest.raises(SystemExit) as stop:
+        cli.run(module.main, module.Args, flags)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error
