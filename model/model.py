@@ -207,10 +207,10 @@ def routing(scores_BTE: Tensor, chosen_BTk: Tensor, real_BT: Tensor | None, per_
     real = scores_BTE.new_ones(B, T) if real_BT is None else real_BT.to(scores_BTE.dtype)
     visits_BTE = F.one_hot(chosen_BTk, E).sum(2) * real[:, :, None]
     visits_BE, scores_BE, tokens_B1 = visits_BTE.sum(1), (scores_BTE * real[:, :, None]).sum(1), real.sum(1)[:, None]
-    load = visits_BE.sum(0) / (k * real.sum())
+    load = visits_BE.sum(0) / (k * real.sum().clamp(min=1))
     if not per_row:
         visits_BE, scores_BE, tokens_B1 = (x.sum(0).expand(B, -1) for x in (visits_BE, scores_BE, tokens_B1))
-    tokens_B1 = tokens_B1.clamp(min=1)  # a row may be nothing but padding
+    tokens_B1 = tokens_B1.clamp(min=1)  # a row, or all of them, may be nothing but padding
     f = visits_BE * E / (k * tokens_B1)
     P = scores_BE / tokens_B1
     return Routing((f * P).sum(-1), load)

@@ -20,7 +20,7 @@ def sizes():
             yield pytest.param(config, id=label, marks=[pytest.mark.slow] if large else [])
 
 
-@pytest.mark.parametrize("config", sizes())
+@pytest.mark.parametrize("config", list(sizes()))
 def test_one_step_lowers_the_loss(config):
     torch.manual_seed(0)
     ours = Transformer(config)
