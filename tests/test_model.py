@@ -106,6 +106,22 @@ def test_logits_and_gradients_are_llamas(flash_attn, n_kv_heads):
         torch.testing.assert_close(gradient, theirs[llama_name(key)].grad, atol=1e-4, rtol=1e-3, msg=key)
 
 
+def test_packed_rows_are_llamas():
+    """transformers reads position_ids the same way: where they restart, a segment begins, unless a mask is given."""
+    ours = make_model(rope_theta=500.0)
+    llama = llama_of(ours)
+    ids, positions = random_ids(2, 20), torch.cat([torch.arange(n) for n in (7, 1, 12)])[None]
+    masked = torch.ones_like(ids)
+    masked[:, :3] = 0
+    logits = {}
+    for name, mask in (("packed", None), ("masked", masked)):
+        arguments = dict(position_ids=positions.expand(2, -1), attention_mask=mask)
+        logits[name] = ours(ids, **arguments).logits
+        expected = llama(ids, use_cache=False, **arguments).logits
+        torch.testing.assert_close(logits[name][:, 3:], expected[:, 3:], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits["packed"][:, 7:], logits["masked"][:, 7:], atol=1e-2)
+
+
 def test_linear_rope_scaling_is_llamas():
     ours = make_model(rope_scaling=4.0)
     llama = llama_of(ours, rope_type="linear", factor=4.0)
@@ -167,6 +183,17 @@ def test_cached_logits_are_those_without_a_cache():
     torch.testing.assert_close(torch.cat(logits, 1), ours(ids).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_a_padded_batch_continues_from_its_cache():
+    """The mask covers the cached tokens, too; positions follow from it."""
+    ours = make_model()
+    ids, mask = random_ids(2, 14), torch.ones(2, 14, dtype=torch.long)
+    ids[0, :4] = mask[0, :4] = 0
+    first = ours(ids[:, :8], attention_mask=mask[:, :8], use_cache=True)
+    rest = ours(ids[:, 8:], attention_mask=mask, past_key_values=first.past_key_values)
+    torch.testing.assert_close(rest.logits, ours(ids, attention_mask=mask).logits[:, 8:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rest.logits[0], ours(ids[:1, 4:]).logits[0, 4:], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("flash_attn", [True, False])
 def test_padding_changes_nothing(flash_attn):
     ours = make_model(flash_attn=flash_attn)
@@ -216,6 +243,19 @@ def test_two_rows_may_be_packed_differently():
     torch.testing.assert_close(logits[0, 4:], ours(ids[:1, 4:]).logits[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["boolean", "added to the scores"])
+def test_a_mask_may_be_given_query_by_query(kind):
+    """[B, 1, T, T], as transformers allows it: here each of two segments sees itself only."""
+    ours = make_model()
+    ids, segments = random_ids(1, 10), torch.tensor([0] * 4 + [1] * 6)
+    mask = ((segments[:, None] == segments) & torch.ones(10, 10).tril().bool())[None, None]
+    if kind != "boolean":
+        mask = torch.zeros(1, 1, 10, 10).masked_fill(~mask, torch.finfo(torch.float32).min)
+    positions = torch.cat([torch.arange(4), torch.arange(6)])[None]
+    masked = ours(ids, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(masked, ours(ids, position_ids=positions).logits)
+
+
 def test_trailing_padding_changes_nothing():
     """A row of the data set: segments, then padding that counts from 0 again and has no labels."""
     ours = make_model()
@@ -249,17 +289,34 @@ def test_residual_outputs_begin_smaller():
             assert (parameter == 1).all(), key
 
 
-def test_dropout_acts_in_training_only():
-    ours = make_model(dropout=0.5)
+@pytest.mark.parametrize("flash_attn", [True, False])
+@pytest.mark.parametrize("place", ["embedding", "attention", "feed-forward"])
+def test_dropout_acts_everywhere_in_training_only(place, flash_attn):
+    ours = make_model(dropout=0.5, flash_attn=flash_attn)
     ids = random_ids(1, 10)
     torch.testing.assert_close(ours(ids).logits, make_model()(ids).logits)
+    if place != "embedding":
+        ours.config.dropout = 0.0
+    for layer in ours.layers:
+        layer.attention.dropout *= place == "attention"
+        layer.feed_forward.dropout *= place == "feed-forward"
     ours.train()
     assert not torch.allclose(ours(ids).logits, ours(ids).logits)
+    ours(ids, labels=ids).loss.backward()
+    assert all(p.grad.isfinite().all() for p in ours.parameters())
+
+
+def test_the_feed_forward_width_follows_or_is_given():
+    assert LMConfig(dim=512).hidden_dim == 1408  # 8/3 · 512 = 1365.3, and the next multiple of 64
+    assert LMConfig(dim=768).hidden_dim == 2048  # already one
+    assert LMConfig(dim=512, multiple_of=100).hidden_dim == 1400
+    assert LMConfig(dim=512, hidden_dim=1000).hidden_dim == 1000
 
 
 def test_impossible_configurations_are_refused():
-    with pytest.raises(ValueError, match="multiple"):
-        LMConfig(dim=100, n_heads=16)
+    for heads in (dict(dim=100, n_heads=16), dict(n_heads=16, n_kv_heads=3)):
+        with pytest.raises(ValueError, match="multiple"):
+            LMConfig(**heads)
     with pytest.raises(ValueError, match="unknown preset"):
         LMConfig.preset("gpt-5")
     with pytest.raises(ValueError, match="num_experts_per_tok"):

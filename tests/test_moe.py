@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import make_model
 from test_model import random_ids
 from torch import Tensor
@@ -13,10 +14,15 @@ from model.model import MoEFeedForward, routing
 def naive_moe(layer: MoEFeedForward, x_D: Tensor, k: int, normalised: bool) -> Tensor:
     """One token through the layer, expert by expert."""
     scores = torch.softmax(layer.gate.weight @ x_D, 0)
+    size = layer.experts[0].w1.out_features
+    shared = layer.shared_experts
     best = sorted(range(len(scores)), key=lambda i: -scores[i].item())[:k]
     total = sum(scores[i] for i in best) if normalised else 1.0
     y = sum(scores[i] / total * layer.experts[i](x_D[None])[0] for i in best)
-    return y if layer.shared_experts is None else y + layer.shared_experts(x_D[None])[0]
+    for first in range(0, shared.w1.out_features if shared else 0, size):
+        w1, w3 = (w.weight[first : first + size] for w in (shared.w1, shared.w3))
+        y = y + shared.w2.weight[:, first : first + size] @ (F.silu(w1 @ x_D) * (w3 @ x_D))
+    return y
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
@@ -35,6 +41,7 @@ def test_a_layer_is_a_loop_over_tokens(k, normalised, shared):
         n_shared_experts=shared,
     )
     layer = MoEFeedForward(config)
+    assert (layer.shared_experts.w1.out_features if shared else 0) == shared * layer.experts[0].w1.out_features
     x = torch.randn(2, 9, 32)
     y, told = layer(x)
     expected = torch.stack([naive_moe(layer, token, k, normalised) for token in x.flatten(0, 1)]).view_as(x)
@@ -115,6 +122,28 @@ def test_even_routing_has_a_balance_of_one_whatever_k(k):
     assert told.balance.item() == pytest.approx(1) and told.load.tolist() == pytest.approx([0.25] * 4)
 
 
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("seq_aux", [True, False])
+def test_the_balance_loss_is_the_papers_summed_over_layers(seq_aux, k):
+    """From the router's logits as they come by: of each row, weighted with its share of the targets, or of them all."""
+    ours = make_model(use_moe=True, num_experts_per_tok=k, seq_aux=seq_aux, aux_loss_alpha=0.5, n_layers=3)
+    seen = []
+    for layer in ours.layers:
+        layer.feed_forward.gate.register_forward_hook(lambda module, inputs, logits: seen.append(logits.softmax(-1)))
+    ids = random_ids(2, 10)
+    labels = ids.clone()
+    labels[0, :7] = -100  # 3 targets and 9
+    output = ours(ids, labels=labels)
+    expected = 0.0
+    for scores in seen:
+        chosen = scores.topk(k, -1).indices
+        if seq_aux:
+            expected += 0.25 * naive_balance(scores[0], chosen[0]) + 0.75 * naive_balance(scores[1], chosen[1])
+        else:
+            expected += naive_balance(scores.flatten(0, 1), chosen.flatten(0, 1))
+    torch.testing.assert_close(output.aux_loss, 0.5 * expected)
+
+
 @pytest.mark.parametrize("seq_aux", [True, False])
 def test_the_balance_loss_is_part_of_the_loss(seq_aux):
     ids = random_ids(2, 20)
@@ -156,6 +185,20 @@ def test_an_expert_that_nobody_visits_gets_a_gradient_of_zero():
     ours = make_model(use_moe=True, num_experts_per_tok=1)
     ours(random_ids(1, 2), labels=random_ids(1, 2)).loss.backward()
     assert all(p.grad is not None for p in ours.parameters())
+
+
+def test_a_padded_batch_continues_from_its_cache():
+    """Padding counts neither before nor after: the load of the new tokens is that of the row without padding."""
+    ours = make_model(use_moe=True)
+    ids, mask = random_ids(1, 14), torch.ones(1, 14, dtype=torch.long)
+    ids[0, :4] = mask[0, :4] = 0
+    padded, plain = (
+        ours(ids[:, 8:], attention_mask=mask[:, n:], past_key_values=ours(ids[:, n:8], mask[:, n:8], use_cache=True)[1])
+        for n in (0, 4)
+    )
+    torch.testing.assert_close(padded.logits, plain.logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(padded.expert_load, plain.expert_load)
+    torch.testing.assert_close(plain.logits, ours(ids[:, 4:]).logits[:, 4:], atol=1e-5, rtol=1e-5)
 
 
 def test_generation_with_a_cache_equals_generation_without():
