@@ -53,7 +53,7 @@ class LMConfig(PretrainedConfig):
     aux_loss_alpha: float = 0.01  # weight of each layer's balance loss
     seq_aux: bool = True  # experts are balanced within each sequence; False: within the micro-batch
     norm_topk_prob: bool = True  # the weights of a token's chosen experts sum to 1
-    initializer_range: float = 0.02  # standard deviation of fresh weights
+    initializer_range: float = 0.02  # standard deviation of a fresh embedding
     pad_token_id: int | None = 0  # <unk>
     bos_token_id: int | None = 1  # <s>
     eos_token_id: int | None = 2  # </s>

@@ -349,11 +349,14 @@ class Transformer(PreTrainedModel, GenerationMixin):
         self.output = value
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal weights; those that write to the residual stream are smaller, as 2·n_layers of them add up (GPT-2)."""
-        std = self.config.initializer_range
-        if getattr(module, "is_residual_output", False):
-            std /= (2 * self.config.n_layers) ** 0.5
-        if isinstance(module, nn.Linear | nn.Embedding):
+        """Normal weights. Matrices: √(2 / 5 dim), larger in narrow models (Nguyen and Salazar 2019), and smaller where
+        they write to the residual stream, as 2·n_layers of them add up there (GPT-2)."""
+        if isinstance(module, nn.Embedding | OutputHead):  # one matrix; small, so that all tokens begin as likely
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, nn.Linear):
+            std = (2 / (5 * self.config.dim)) ** 0.5
+            if getattr(module, "is_residual_output", False):
+                std /= (2 * self.config.n_layers) ** 0.5
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -118,37 +119,31 @@ class Trainer:
 
     def groups(self) -> Iterator[list[Batch]]:
         """The rest of this epoch's global batches: of each, this process's micro-batches."""
-        sampler = list(self.micro_batches())
-        rows = RowsOfEpoch(self.data, epoch_order(len(self.data), self.args.seed, self.place.epoch))
-        loader = iter(
-            DataLoader(
-                rows,
-                batch_sampler=[indices for group in sampler for indices in group],
-                collate_fn=stack,
-                num_workers=self.args.num_workers,
-                pin_memory=self.run.device.type == "cuda",
-                # A generator of its own: the loader must not draw from the one that dropout uses.
-                generator=torch.Generator().manual_seed(self.args.seed),
-            )
+        remaining = range(self.place.groups, self.groups_per_epoch)
+        loader = DataLoader(
+            RowsOfEpoch(self.data, epoch_order(len(self.data), self.args.seed, self.place.epoch)),
+            batch_sampler=(rows for group in remaining for rows in self.micro_batches(group)),
+            collate_fn=stack,
+            num_workers=self.args.num_workers,
+            pin_memory=self.run.device.type == "cuda",
+            # A generator of its own: the loader must not draw from the one that dropout uses.
+            generator=torch.Generator().manual_seed(self.args.seed),
         )
-        for group in sampler:
-            yield [next(loader) for _ in group]
+        batches = iter(loader)
+        for group in remaining:
+            yield list(islice(batches, len(self.micro_batches(group))))
 
-    def micro_batches(self) -> Iterator[list[list[int]]]:
-        """For each global batch the row numbers of this process's micro-batches.
+    def micro_batches(self, group: int) -> list[list[int]]:
+        """The rows, by their place in the epoch's order, of this process's micro-batches of a global batch.
 
         A global batch is a stretch of the epoch's order, whatever the number of processes. The last one of an epoch
         may be short: it has as few micro-batches as will do, filled up with rows of padding.
         """
-        width = self.args.batch_size * self.run.world_size  # rows of one micro-batch of all processes
-        for group in range(self.place.groups, self.groups_per_epoch):
-            first = group * self.rows_per_group
-            last = min(first + self.rows_per_group, len(self.data))
-            mine = range(first + self.run.rank * self.args.batch_size, last + width, width)
-            mine = mine[: -(-(last - first) // width)]
-            yield [
-                [row if row < last else NO_ROW for row in range(start, start + self.args.batch_size)] for start in mine
-            ]
+        size, width = self.args.batch_size, self.args.batch_size * self.run.world_size
+        first = group * self.rows_per_group
+        last = min(first + self.rows_per_group, len(self.data))
+        starts = (start + self.run.rank * size for start in range(first, last, width))
+        return [[row if row < last else NO_ROW for row in range(start, start + size)] for start in starts]
 
     def autocast(self) -> AbstractContextManager:
         """Matrix products in the chosen type, everything else in float32."""
@@ -170,7 +165,7 @@ class Trainer:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
             for group in optimizer.param_groups:
-                group["lr"] = self.args.learning_rate * factor
+                group["lr"] = self.args.learning_rate * factor * group["lr_scale"]
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), self.args.grad_clip)
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)

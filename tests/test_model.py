@@ -283,7 +283,9 @@ def test_residual_outputs_begin_smaller():
     ours = Transformer(LMConfig(dim=256, n_layers=8, n_heads=4, n_kv_heads=4))
     for key, parameter in ours.named_parameters():
         if parameter.dim() == 2:
-            expected = 0.02 / 4 if key.endswith(("wo.weight", "w2.weight")) else 0.02  # sqrt(2 · 8) = 4
+            expected = 0.02 if key.startswith("tok_") else (2 / (5 * 256)) ** 0.5
+            if key.endswith(("wo.weight", "w2.weight")):
+                expected /= 4  # sqrt(2 · 8)
             assert abs(parameter.std().item() / expected - 1) < 0.02, key
         else:
             assert (parameter == 1).all(), key

@@ -33,11 +33,12 @@ def test_a_muon_step_written_out():
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(6, 4))
     before, optimizer, momentum = weight.detach().clone(), Muon([weight], lr=0.1, weight_decay=0.5), torch.zeros(6, 4)
-    for gradient in torch.randn(3, 6, 4):
+    for step, gradient in enumerate(torch.randn(120, 6, 4)):
         weight.grad = gradient
         optimizer.step()
-        momentum = 0.95 * momentum + 0.05 * gradient
-        update = orthogonalize(0.05 * gradient + 0.95 * momentum)
+        beta = min(0.95, 0.85 + 0.001 * step)
+        momentum = beta * momentum + (1 - beta) * gradient
+        update = orthogonalize((1 - beta) * gradient + beta * momentum)
         before = before * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 6**0.5 * update
     torch.testing.assert_close(weight.detach(), before)
 
@@ -202,3 +203,15 @@ def test_mistakes_end_with_one_line_and_exit_code_2(flags, words, capsys, monkey
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_runs_follow_the_float32_one(data, tokenizer_dir, tmp_path, dtype):
+    """The path that GPUs take (autocast, and for float16 a scaler), on the CPU."""
+    losses = []
+    for name in ("float32", dtype):
+        out = tmp_path / name
+        flags = pretrain_flags(data, tokenizer_dir, out, "--max_steps", 8, "--batch_size", 2, "--dtype", name)
+        losses.append(losses_of("1-pretrain.py", flags, out / "pretrain_32.pth"))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[1] != losses[0]
+    assert all(value.dtype == torch.float32 for value in load_model(out / "pretrain_32.pth")[0].state_dict().values())
