@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 ADAM_BETAS = (0.9, 0.95)
-EMBEDDING_FACTOR = 5.0  # beside Muon, embedding and norms learn best at so many times the matrices' learning rate
+EMBEDDING_FACTOR = 8.0  # beside Muon, embedding and norms learn best at so many times the matrices' learning rate
 
 
 class Muon(torch.optim.Optimizer):

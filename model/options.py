@@ -15,7 +15,7 @@ class TrainingOptions:
     batch_size: int = 16  # rows of a micro-batch, in each process
     accumulation_steps: int = 1  # micro-batches of a step
     max_seq_len: int = 512  # tokens of a row
-    learning_rate: float = 4e-3  # the highest, after the warm-up
+    learning_rate: float = 5e-3  # the highest, after the warm-up
     warmup_steps: int = 30  # steps in which the learning rate rises
     schedule: Literal["cosine", "wsd"] = "cosine"  # how it falls to a tenth; wsd: only over the last fifth
     optimizer: Literal["auto", "muon", "adamw"] = "auto"  # auto: Muon for the matrices, AdamW for the rest
