@@ -40,6 +40,7 @@ def run(main: Callable[[Any], None], options: type, argv: list[str] | None = Non
 def parse(options: type[Args], argv: list[str], default: Any = None) -> Args:
     """argv -> options. `--config FILE.yaml` sets options; flags on the command line win over it."""
     argv = [flag for flag in argv if not flag.startswith("--local_rank")]  # DeepSpeed's launcher adds it
+    argv = [part for flag in argv for part in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
     if default is not None and argv and first_flag(argv) == 0 and not {"-h", "--help"} & set(argv):
         argv = [type(default).__name__.lower(), *argv]  # options, and no subcommand to which they could belong
     command, flags = argv[: first_flag(argv)], argv[first_flag(argv) :]

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from .cli import UserError
+
 
 @dataclass
 class TrainingOptions:
@@ -29,6 +31,13 @@ class TrainingOptions:
     save_interval: int = 500  # steps between saved weights; the last step saves always
     val_interval: int = 500  # steps between validations; the last step validates always
     num_workers: int = 0  # processes that prepare batches, besides the training one
+
+    def __post_init__(self):
+        least = dict(epochs=1, max_steps=0, batch_size=1, accumulation_steps=1, max_seq_len=2, warmup_steps=0)
+        least |= dict(learning_rate=0, weight_decay=0, grad_clip=0, log_interval=1, save_interval=0, val_interval=0)
+        for name, lowest in least.items():
+            if not lowest <= getattr(self, name) < float("inf"):
+                raise UserError(f"--{name} is {getattr(self, name)}, but must be at least {lowest}")
 
 
 @dataclass

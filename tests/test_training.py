@@ -191,6 +191,9 @@ def test_two_processes_are_one_with_a_batch_twice_as_large(data, tokenizer_dir, 
         (["--dim", "100"], "multiple"),
         (["--init_from", "nowhere.pth"], "nowhere.pth"),
         (["--max_step", "3"], "--max_steps"),
+        (["--batch_size", "0"], "--batch_size is 0, but must be at least 1"),
+        (["--learning_rate", "nan"], "--learning_rate"),
+        (["--config=nowhere.yaml"], "nowhere.yaml"),
     ],
 )
 def test_mistakes_end_with_one_line_and_exit_code_2(flags, words, capsys, monkeypatch, tmp_path):
