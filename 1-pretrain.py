@@ -27,7 +27,7 @@ class Args(TrainingOptions):
     model: str = "minimind-small-T"  # minimind-small-T, minimind-small, minimind, minimind-moe, minimind-v1 or tiny
     data_path: str = "dataset/pretrain_data.bin"  # token file
     val_path: str = ""  # JSONL of held-out documents ({"text": …}), scored in bits per byte
-    init_from: str = ""  # checkpoint to go on from, instead of fresh weights
+    init_from: str = ""  # checkpoint to start from, instead of fresh weights
     dim: int = 0  # width; 0 here and below: the preset's
     n_layers: int = 0  # blocks
     n_heads: int = 0  # query heads

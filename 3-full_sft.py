@@ -35,7 +35,7 @@ class Args(TrainingOptions):
 def main(args: Args) -> None:
     import torch
 
-    from model.checkpoint import load_model, newest_checkpoint, weights_path
+    from model.checkpoint import load_model, weights_path
     from model.dataset import SFTDataset, has_history
     from model.distributed import launch
     from model.evaluate import answer_loss
@@ -46,11 +46,10 @@ def main(args: Args) -> None:
         stage = args.stage
         if stage == "auto":
             stage = "multi" if has_history(args.data_path) else "single"
-        start = args.init_from
-        if not start:
-            start = newest_checkpoint(args.out_dir, ("pretrain",) if stage == "single" else ("full_sft", "pretrain"))
-            run.print(f"starting from {start}")
-        model, tokenizer = load_model(start, tokenizer=args.tokenizer or None)
+        if not args.init_from:
+            args.init_from = str(newest_start(stage, Path(args.out_dir)))
+            run.print(f"first weights: {args.init_from}")
+        model, tokenizer = load_model(args.init_from, tokenizer=args.tokenizer or None)
         data = SFTDataset(args.data_path, tokenizer, args.max_seq_len, args.packing)
         run.print(data.account())
         held_out = SFTDataset(args.val_path, tokenizer, args.max_seq_len) if args.val_path else None
@@ -69,6 +68,16 @@ def main(args: Args) -> None:
                     num_items_in_batch=batch.num_targets,
                 )
             trainer.step(output)
+
+
+def newest_start(stage: str, out_dir: Path) -> Path:
+    """The newest base model; for multi-turn training the newest single-turn model, where there is one."""
+    from model.checkpoint import newest_checkpoint
+
+    single = out_dir / FOLDERS["single"]
+    if stage == "multi" and any(single.glob("*.pth")):
+        return newest_checkpoint(single)
+    return newest_checkpoint(out_dir, ("pretrain",))
 
 
 if __name__ == "__main__":

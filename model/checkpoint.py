@@ -38,18 +38,27 @@ def weights_path(out_dir: str | Path, stage: str, config: LMConfig) -> Path:
     return Path(out_dir) / f"{stage}_{config.dim}{'_moe' if config.use_moe else ''}.pth"
 
 
-def save_weights(path: Path, model: Transformer, tokenizer_dir: str | Path, **facts: Any) -> None:
+def save_weights(
+    path: Path, model: Transformer, tokenizer_dir: str | Path, state: dict[str, Tensor] | None = None, **facts: Any
+) -> None:
     """Writes NAME.pth, NAME.json and the tokenizer. Whatever moment the process dies at, what is there can be loaded.
 
     Args:
+        state: the tensors, where they do not lie in the model itself.
         facts: what else the JSON shall say: stage, step, tokens, ...
+
+    Raises:
+        OSError: the disk is full, say.
+        FloatingPointError: a weight is not finite.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".pth.tmp")
-    state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+    state = {key: value.detach().cpu() for key, value in (state or model.state_dict()).items()}
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise FloatingPointError(f"{key} holds numbers that are not finite")
     state["output.weight"] = state["tok_embeddings.weight"]  # from a GPU they come as two copies of one matrix
-    torch.save(state, temporary)
-    flush(temporary)
+    write_tensors(state, temporary)
     description = {
         **facts,
         "config": {name: getattr(model.config, name) for name in LMCONFIG_FIELDS},
@@ -230,15 +239,51 @@ def load_folder(folder: Path, overrides: dict[str, Any]) -> Transformer:
         raise UserError(f"{file} is no configuration of a model: {error}") from error
     if model_type != LMConfig.model_type:
         raise UserError(f"{folder} holds a {model_type!r} model, not a {LMConfig.model_type!r} one")
-    # Large models are spread over several files.
-    parts = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    state = {key: tensor for part in parts for key, tensor in read_tensors(part).items()}
+    state = {key: tensor for part in weights_files(folder) for key, tensor in read_tensors(part).items()}
     return build(fields | overrides, state, folder)
+
+
+def weights_files(path: Path) -> list[Path]:
+    """Where the tensors lie: a `.pth` itself, or a transformers folder's files (a large model has several)."""
+    if path.is_file():
+        return [path]
+    return sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+
+
+def weights_hash(path: str | Path) -> str:
+    """Of the weights alone, whatever their path is."""
+    hashes = [file_hash(part) for part in weights_files(Path(path))]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def file_hash(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_tensors(content: Any, path: Path) -> None:
+    """torch.save, to the disk; OSError where it has no room, and then no half a file is left."""
+    try:
+        torch.save(content, path)
+        flush(path)
+    except (OSError, RuntimeError) as error:  # PyTorch's own writer raises RuntimeError
+        path.unlink(missing_ok=True)
+        raise OSError(f"{path} takes {num_bytes(content):,} bytes, for which there is no room") from error
+
+
+def num_bytes(content: Any) -> int:
+    """Of the tensors in nested dicts and lists, each storage once."""
+    storages: dict[int, int] = {}
+
+    def visit(part: Any) -> None:
+        if isinstance(part, Tensor):
+            storages[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+        elif isinstance(part, dict | list | tuple):
+            for inner in part.values() if isinstance(part, dict) else part:
+                visit(inner)
+
+    visit(content)
+    return sum(storages.values())
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -5,10 +5,11 @@ tyro is the parser: it reads options and their help from a dataclass and its com
 """
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 import yaml
@@ -20,6 +21,14 @@ class UserError(Exception):
     """Something the user can put right: the message says what is wrong, where, and what to do."""
 
 
+class Stopped(Exception):
+    """A signal has ended the work, tidily: what was done is saved."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
 def run(main: Callable[[Any], None], options: type, argv: list[str] | None = None, default: Any = None) -> None:
     """Reads the command line into the dataclass `options` (or a union of them: subcommands) and calls main with it.
 
@@ -29,12 +38,22 @@ def run(main: Callable[[Any], None], options: type, argv: list[str] | None = Non
     try:
         main(parse(options, sys.argv[1:] if argv is None else argv, default))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
+    except (MemoryError, RuntimeError) as error:  # PyTorch has no common class for memory of CPU and GPU
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        fail("out of memory: lower --batch_size (and raise --accumulation_steps as much) or --max_seq_len")
+    except Stopped as stopped:
+        sys.exit(128 + stopped.signum)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of our output left, as in `... | head`: nobody is there to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def parse(options: type[Args], argv: list[str], default: Any = None) -> Args:

@@ -138,6 +138,10 @@ class PretrainDataset:
         parts = np.split(ids, cuts[cuts > 0])
         return make_row([Segment(part, part) for part in parts], self.max_seq_len, self.pad)
 
+    def where(self, index: int) -> str:
+        start = index * (self.max_seq_len - 1)
+        return f"tokens {start:,} to {min(start + self.max_seq_len, len(self.tokens)) - 1:,} of {self.path}"
+
 
 def read_token_description(path: Path) -> dict[str, Any]:
     """The JSON beside a token file."""
@@ -171,6 +175,7 @@ class SFTDataset:
         self.first_lines: dict[str, int] = {}  # reason -> the first csv row (from 1) it happened in
         self.shortened = 0
         ids, masks, self.starts = [], [], [0]
+        self.numbers: list[int] = []  # of each conversation, its row of the csv
         for conversations in self.read_conversations():
             all_turns = encode_turns(tokenizer, [messages for _, messages in conversations])
             for (number, _), turns in zip(conversations, all_turns, strict=True):
@@ -181,6 +186,7 @@ class SFTDataset:
                 ids.append(np.array(conversation_ids, dtype=np.uint32))
                 masks.append(np.array(mask, dtype=bool))
                 self.starts.append(self.starts[-1] + len(conversation_ids))
+                self.numbers.append(number)
         if not ids:
             raise UserError(f"{path} holds no conversation to train on ({dict(self.skipped)})")
         self.ids, self.mask = np.concatenate(ids), np.concatenate(masks)
@@ -262,6 +268,9 @@ class SFTDataset:
             ids = self.ids[span].astype(np.int64)
             segments.append(Segment(ids, np.where(self.mask[span], ids, IGNORED_LABEL)))
         return make_row(segments, self.max_seq_len, self.pad)
+
+    def where(self, index: int) -> str:
+        return f"rows {', '.join(str(self.numbers[i]) for i in sorted(self.rows[index]))} of {self.path}"
 
 
 def has_history(path: str | Path) -> bool:

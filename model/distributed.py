@@ -1,9 +1,10 @@
 """One process or many: finds out which, joins them, and offers the few collective operations that training needs."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .cli import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,40 @@ class Run:
             dist.all_reduce(values)
         return values
 
-    def wait(self) -> None:
-        """Returns when every process has come here."""
+    def fail(self, message: str) -> NoReturn:
+        """Ends every process, if all of them call it; one says why."""
+        raise UserError(message) if self.is_main else SystemExit(2)
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in order of rank, on every process."""
+        values = [value] * self.world_size
         if self.world_size > 1:
-            dist.barrier()
+            dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make` gives on the main process, on every process. If it raises UserError, all of them end."""
+        if self.world_size == 1:
+            return make()
+        outcome = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = make()
+            except UserError as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, device=self.device)
+        if outcome[1] is not None:
+            raise outcome[1] if self.is_main else SystemExit(2)  # one of them has said it
+        return outcome[0]
+
+    def attempt(self, work: Callable[[], None]) -> str | None:
+        """Does `work`, which saves something, on every process; what went wrong on any of them, on all of them."""
+        try:
+            work()
+            error = None
+        except (OSError, FloatingPointError) as caught:
+            error = str(caught)
+        return next(filter(None, self.gather(error)), None)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The same model, with gradients averaged over processes in its backward pass."""

@@ -12,6 +12,9 @@ class TrainingOptions:
     val_path: str = ""  # held-out data; empty: no validation
     tokenizer: str = ""  # folder of the tokenizer; empty: the one that comes with the model
     out_dir: str = "out"  # where weights, metrics and curves go
+    init_from: str = ""  # checkpoint to start from
+    resume: Literal["auto", "never"] = "auto"  # auto: go on where the same run was stopped; never: start anew
+    accept_changes: bool = False  # go on although options or data are not those the run began with
     epochs: int = 1  # times through the data
     max_steps: int = 0  # end after so many steps, whatever the epochs say; 0: no limit
     batch_size: int = 16  # rows of a micro-batch, in each process

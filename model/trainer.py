@@ -4,42 +4,37 @@ Which loss is trained is the script's business: it takes a micro-batch from `bat
 output to `step`.
 """
 
-import json
+import math
 import resource
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .checkpoint import save_weights
+from .backends import TorchBackend
+from .batches import GlobalBatch, GlobalBatches, RowSource
+from .checkpoint import flush, save_weights
+from .cli import Stopped
 from .curves import draw_curve
-from .dataset import Batch, Row, epoch_order, make_row, stack
+from .dataset import Batch
 from .distributed import Run
+from .metrics import Group, MetricsFile, Window
 from .model import LMOutput, Transformer
-from .optim import build_optimizers, learning_rate_factor
+from .optim import learning_rate_factor
 from .options import TrainingOptions
+from .resume import find_state, random_state, run_facts, set_random_state, stop_signals
+from .training_state import TrainingState, begin_state, finish_state, states_folder, unfinished_state
 
-NO_ROW = -1  # index of a row of padding: it evens out the processes' shares at the end of an epoch
-
-
-class RowSource(Protocol):
-    """What the trainer needs to know of a dataset."""
-
-    pad: int
-    max_seq_len: int
-
-    def __len__(self) -> int: ...
-    def row(self, index: int) -> Row: ...
+MOST_BAD_IN_A_ROW = 10
 
 
 @dataclass
@@ -50,26 +45,15 @@ class Place:
     groups: int = 0  # global batches done in this epoch
     step: int = 0  # updates done in all
     tokens: int = 0  # trained on in all, padding not counted
-
-
-@dataclass
-class Window:
-    """Sums since the last line of the metrics."""
-
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    loss: Tensor | float = 0.0
-    aux_loss: Tensor | float = 0.0
-    expert_load: list[Tensor] = field(default_factory=list)
+    bad_in_a_row: int = 0  # updates left out since the last that was not
 
 
 class Trainer:
-    """Takes a model through `data` as the options say.
+    """Takes a model through `data` as the options say, from where an earlier run with the same options was stopped.
 
     Args:
         tokenizer: copied beside the weights.
-        weights: the `.pth` to write; metrics, curve and description lie beside it.
+        weights: the `.pth` to write; metrics, curve, description and training states lie beside it.
         validate: gives figures of held-out data ("val_loss", ...); called on every process.
     """
 
@@ -85,65 +69,49 @@ class Trainer:
     ):
         self.raw_model, self.data, self.args, self.run = model.train(), data, args, run
         self.weights, self.tokenizer, self.validate = weights, tokenizer, validate
-        self.model = run.wrap(torch.compile(model) if args.compile else model)
-        optimizer = "muon" if args.optimizer == "auto" else args.optimizer
-        self.optimizers = build_optimizers(model, optimizer, args.learning_rate, args.weight_decay)
         self.dtype = pick_dtype(args.dtype, run.device)
-        self.scaler = torch.amp.GradScaler(run.device.type, enabled=self.dtype == torch.float16)
+        self.backend = TorchBackend(model, args, run, self.dtype)
+        self.model = self.backend.model
+        self.global_batches = GlobalBatches(data, args, run)
+        self.total_steps = args.max_steps or args.epochs * len(self.global_batches)
         self.place, self.window = Place(), Window()
-        self.rows_per_group = args.batch_size * args.accumulation_steps * run.world_size
-        self.groups_per_epoch = -(-len(data) // self.rows_per_group)
-        self.total_steps = args.max_steps or args.epochs * self.groups_per_epoch
-        self.last_of_group = False
+        self.metrics = MetricsFile(weights.with_suffix(".metrics.jsonl"))
 
     def batches(self) -> Iterator[Batch]:
-        """This process's micro-batches, to the end of the run; `num_targets` of each is that of its global batch."""
-        self.begin()
-        while self.place.step < self.total_steps:
-            for group in self.groups():
-                started = time.monotonic()
-                counts = torch.tensor([[batch.num_targets, batch.num_tokens] for batch in group]).sum(0)
-                num_targets, num_tokens = self.run.sum(counts.to(self.run.device)).tolist()
-                for batch in group:
-                    self.last_of_group = batch is group[-1]
-                    self.run.synchronize_gradients(self.model, self.last_of_group)
-                    # A group without a single target still gives a number: 0 / 1.
-                    yield batch.to(self.run.device)._replace(num_targets=max(1, num_targets))
-                self.window.seconds += time.monotonic() - started
-                self.after_update(num_tokens)
-                if self.place.step == self.total_steps:
-                    break
-            else:
-                self.place.epoch, self.place.groups = self.place.epoch + 1, 0
-        self.finish()
+        """This process's micro-batches, to the end of the run.
 
-    def groups(self) -> Iterator[list[Batch]]:
-        """The rest of this epoch's global batches: of each, this process's micro-batches."""
-        remaining = range(self.place.groups, self.groups_per_epoch)
-        loader = DataLoader(
-            RowsOfEpoch(self.data, epoch_order(len(self.data), self.args.seed, self.place.epoch)),
-            batch_sampler=(rows for group in remaining for rows in self.micro_batches(group)),
-            collate_fn=stack,
-            num_workers=self.args.num_workers,
-            pin_memory=self.run.device.type == "cuda",
-            # A generator of its own: the loader must not draw from the one that dropout uses.
-            generator=torch.Generator().manual_seed(self.args.seed),
-        )
-        batches = iter(loader)
-        for group in remaining:
-            yield list(islice(batches, len(self.micro_batches(group))))
-
-    def micro_batches(self, group: int) -> list[list[int]]:
-        """The rows, by their place in the epoch's order, of this process's micro-batches of a global batch.
-
-        A global batch is a stretch of the epoch's order, whatever the number of processes. The last one of an epoch
-        may be short: it has as few micro-batches as will do, filled up with rows of padding.
+        Raises:
+            Stopped: SIGINT or SIGTERM came; the step at work was finished and everything saved.
         """
-        size, width = self.args.batch_size, self.args.batch_size * self.run.world_size
-        first = group * self.rows_per_group
-        last = min(first + self.rows_per_group, len(self.data))
-        starts = (start + self.run.rank * size for start in range(first, last, width))
-        return [[row if row < last else NO_ROW for row in range(start, start + size)] for start in starts]
+        with stop_signals() as stop:
+            if not self.begin():
+                return
+            while self.place.step < self.total_steps:
+                for global_batch in self.global_batches.epoch(self.place.epoch, self.place.groups):
+                    started = time.monotonic()
+                    num_targets, num_tokens, stopped = self.count(global_batch, stop.signum)
+                    if stopped:
+                        self.stop(stop.signum or signal.SIGTERM)
+                    self.group = Group()
+                    for batch in global_batch.micro_batches:
+                        self.last_of_group = batch is global_batch.micro_batches[-1]
+                        self.backend.before_forward(self.last_of_group)
+                        yield batch.to(self.run.device)._replace(num_targets=num_targets)
+                    self.after_update(global_batch, num_tokens, time.monotonic() - started)
+                    if self.place.step == self.total_steps:
+                        break
+                else:
+                    self.place.epoch, self.place.groups = self.place.epoch + 1, 0
+            self.finish()
+            if stop.signum:  # it came in the last step
+                raise Stopped(stop.signum)
+
+    def count(self, global_batch: GlobalBatch, signum: int) -> tuple[int, int, bool]:
+        """On all processes together: targets, tokens, and whether any of them is to stop."""
+        counts = [[batch.num_targets, batch.num_tokens, signum] for batch in global_batch.micro_batches]
+        num_targets, num_tokens, signums = self.run.sum(torch.tensor(counts).sum(0).to(self.run.device)).tolist()
+        # A global batch without a single target still gives a number: 0 / 1.
+        return max(1, num_targets), num_tokens, signums > 0
 
     def autocast(self) -> AbstractContextManager:
         """Matrix products in the chosen type, everything else in float32."""
@@ -151,48 +119,21 @@ class Trainer:
 
     def step(self, output: LMOutput) -> None:
         """One micro-batch's backward pass, and after the group's last one the update."""
-        self.window.loss += output.loss.detach()
-        if output.aux_loss is not None:
-            self.window.aux_loss += output.aux_loss.detach()
-            self.window.expert_load.append(output.expert_load.detach())
-        # Losses are sums divided by the global batch's targets, but DDP averages gradients over processes.
-        self.scaler.scale(output.loss * self.run.world_size).backward()
+        self.group.add(output)
+        self.backend.backward(output.loss)
         if self.last_of_group:
-            self.update()
+            bad = torch.tensor(self.group.finite().count(False), device=self.run.device)
+            finite = int(self.run.sum(bad)) == 0
+            factor = learning_rate_factor(self.place.step, self.total_steps, self.args.warmup_steps, self.args.schedule)
+            self.grad_norm, self.well = self.backend.update(factor, finite)
 
-    def update(self) -> None:
-        factor = learning_rate_factor(self.place.step, self.total_steps, self.args.warmup_steps, self.args.schedule)
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-            for group in optimizer.param_groups:
-                group["lr"] = self.args.learning_rate * factor * group["lr_scale"]
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), self.args.grad_clip)
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        self.scaler.update()
-
-    def begin(self) -> None:
-        self.started = time.monotonic()
-        if self.run.is_main:
-            self.weights.parent.mkdir(parents=True, exist_ok=True)
-            self.metrics_path.write_text("")
-        parameters = sum(p.numel() for p in self.raw_model.parameters() if p.requires_grad)
-        self.run.print(
-            f"{parameters:,} parameters on {self.run.device} ({str(self.dtype).removeprefix('torch.')}), "
-            f"{len(self.data):,} rows of {self.data.max_seq_len} tokens, {self.total_steps} steps of "
-            f"{self.rows_per_group} rows, {self.run.world_size} process{'es' if self.run.world_size > 1 else ''}"
-        )
-        self.bar = tqdm(total=self.total_steps, unit="step", disable=not self.run.is_main, dynamic_ncols=True)
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.weights.with_suffix(".metrics.jsonl")
-
-    def after_update(self, num_tokens: int) -> None:
-        place, args, window = self.place, self.args, self.window
+    def after_update(self, global_batch: GlobalBatch, num_tokens: int, seconds: float) -> None:
+        place, args = self.place, self.args
         place.step, place.groups, place.tokens = place.step + 1, place.groups + 1, place.tokens + num_tokens
-        window.steps, window.tokens = window.steps + 1, window.tokens + num_tokens
+        place.bad_in_a_row = 0 if self.well else place.bad_in_a_row + 1
+        self.window.add(self.group, self.well, num_tokens, seconds)
+        if not self.well:
+            self.report_bad_numbers(global_batch.rows)
         self.bar.update()
         last = place.step == self.total_steps
         if place.step % args.log_interval == 0 or place.step == 1 or last:
@@ -202,53 +143,140 @@ class Trainer:
         if last or (args.save_interval and place.step % args.save_interval == 0):
             self.save()
 
+    def report_bad_numbers(self, rows: list[list[int]]) -> None:
+        """Tells which data gave a loss or a gradient that is not finite; ten times in a row end the run."""
+        finite = self.run.gather(all(self.group.finite()))
+        reason = "the gradient is not finite" if all(finite) else "the loss is not finite"
+        # Of a gradient nobody knows where it comes from, but a loss has its micro-batch.
+        suspects = [part for part, well in zip(rows, self.group.finite(), strict=True) if all(finite) or not well]
+        where = sum(self.run.gather([self.data.where(row) for part in suspects for row in part]), [])
+        if self.run.is_main:
+            self.metrics.write({"step": self.place.step, "skipped": reason, "where": where})
+            tqdm.write(f"step {self.place.step}: {reason}, update skipped; data: {'; '.join(where)}")
+        if self.place.bad_in_a_row == MOST_BAD_IN_A_ROW:
+            self.run.fail(
+                f"the run has diverged: {MOST_BAD_IN_A_ROW} updates in a row skipped, up to step {self.place.step}. "
+                "Go on from the last state with a lower --learning_rate and --accept_changes, or look at the data"
+            )
+
+    def begin(self) -> bool:
+        """Goes to where an earlier run was stopped; False if that is the end."""
+        if self.run.is_main:
+            self.weights.parent.mkdir(parents=True, exist_ok=True)
+        self.facts = self.run.from_main(self.own_facts)
+        state = self.run.from_main(lambda: find_state(self.weights, self.facts, self.total_steps, self.args))
+        if state is not None:
+            self.restore(state)
+        if self.place.step >= self.total_steps:
+            self.run.print(
+                f"{self.weights} is finished, {self.place.step} steps: a larger --max_steps or --epochs goes on"
+            )
+            return False
+        if self.run.is_main:
+            self.metrics.cut(self.place.step)
+        self.started, self.first_step = time.monotonic(), self.place.step
+        parameters = sum(p.numel() for p in self.raw_model.parameters() if p.requires_grad)
+        processes = f"{self.run.world_size} process{'es' if self.run.world_size > 1 else ''}"
+        self.run.print(
+            f"{parameters:,} parameters on {self.run.device} ({str(self.dtype).removeprefix('torch.')}), "
+            f"{len(self.data):,} rows of {self.data.max_seq_len} tokens, {self.total_steps} steps of "
+            f"{self.global_batches.rows_each} rows, {processes}"
+        )
+        main = self.run.is_main
+        self.bar = tqdm(
+            total=self.total_steps, initial=self.place.step, unit="step", disable=not main, dynamic_ncols=True
+        )
+        return True
+
+    def own_facts(self) -> dict[str, Any]:
+        more = {"rows of a step": self.global_batches.rows_each, "dtype": str(self.dtype), **self.backend.facts()}
+        return run_facts(self.args, self.raw_model.config, self.data.path, self.tokenizer, **more)
+
+    def restore(self, state: TrainingState) -> None:
+        self.backend.load(state.folder)
+        self.place, self.window = Place(**state.content["place"]), Window(**state.content["window"])
+        if not self.run.is_main:  # its losses are sums over all processes
+            self.window.loss = self.window.aux_loss = 0.0
+        generators = state.content["random"]
+        if self.run.rank < len(generators):  # there may be more processes than there were
+            set_random_state(generators[self.run.rank])
+
     def log(self) -> None:
-        """One line of metrics: means over the steps since the last one."""
-        window, self.window = self.window, Window()
-        sums = torch.stack([torch.as_tensor(x, device=self.run.device).float() for x in (window.loss, window.aux_loss)])
-        loss, aux_loss = (self.run.sum(sums) / window.steps).tolist()
+        self.window.sum(self.run)
+        means, self.window = self.window.means(), Window()
         line = {
             "step": self.place.step,
-            "epoch": round(self.place.epoch + self.place.groups / self.groups_per_epoch, 4),
+            "epoch": round(self.place.epoch + self.place.groups / len(self.global_batches), 4),
             "tokens": self.place.tokens,
-            "loss": loss,
-            "lr": self.optimizers[0].param_groups[0]["lr"],
-            "grad_norm": float(self.grad_norm),
-            "tokens_per_s": round(window.tokens / window.seconds, 1),
+            "lr": self.backend.learning_rate,
+            "grad_norm": self.grad_norm,
+            **means,
         }
-        if window.expert_load:
-            line["aux_loss"] = aux_loss
-            load = torch.stack(window.expert_load).mean(0)  # n_layers E
-            line["expert_load"] = [[round(share, 4) for share in layer] for layer in load.tolist()]
-        self.write_metrics(line)
+        if self.run.is_main:
+            self.metrics.write(line)
+        loss = math.nan if line["loss"] is None else line["loss"]
         self.bar.set_postfix_str(f"loss {loss:.3f}, lr {line['lr']:.2g}, {line['tokens_per_s']:,.0f} tokens/s")
 
     def log_validation(self) -> None:
         figures = self.validate()
         self.raw_model.train()
-        self.write_metrics({"step": self.place.step, "tokens": self.place.tokens, **figures})
         if self.run.is_main:
+            self.metrics.write({"step": self.place.step, "tokens": self.place.tokens, **figures})
             words = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
             tqdm.write(f"step {self.place.step}: {words}")
 
-    def write_metrics(self, line: dict) -> None:
-        if self.run.is_main:
-            with open(self.metrics_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-
     def save(self) -> None:
+        """Weights, then the training state: a run whose state says that it is finished has its weights in place.
+
+        What cannot be written is a warning as long as the run goes on, since the next interval tries again; at its end
+        it is an error.
+        """
+        self.window.sum(self.run)
+        random = self.run.gather(random_state())
+        content = dict(place=asdict(self.place), window=asdict(self.window), random=random)
+        weights = self.backend.weights()  # on every process: they may be spread over all of them
+        works = (
+            partial(self.write_weights, weights),
+            self.open_state,
+            self.write_shard,
+            partial(self.close_state, content),
+        )
+        error = next(filter(None, map(self.run.attempt, works)), None)
+        if error is None:
+            return
+        message = f"step {self.place.step} could not be saved: {error}"
+        if self.place.step >= self.total_steps:
+            self.run.fail(message)
         if self.run.is_main:
-            stage = str(self.weights.relative_to(self.args.out_dir).with_suffix(""))
-            save_weights(
-                self.weights,
-                self.raw_model,
-                self.tokenizer.name_or_path,
-                stage=stage,
-                step=self.place.step,
-                tokens=self.place.tokens,
+            tqdm.write(f"warning: {message}")
+
+    def write_weights(self, weights: dict[str, Tensor]) -> None:
+        if self.run.is_main:
+            facts = dict(stage=str(self.weights.relative_to(self.args.out_dir).with_suffix("")), **asdict(self.place))
+            save_weights(self.weights, self.raw_model, self.tokenizer.name_or_path, weights, **facts)
+            draw_curve(self.metrics.path, self.weights.with_suffix(".png"))
+
+    def open_state(self) -> None:
+        if self.run.is_main:
+            begin_state(states_folder(self.weights), self.place.step)
+
+    def write_shard(self) -> None:
+        self.backend.save(unfinished_state(states_folder(self.weights), self.place.step))
+
+    def close_state(self, content: dict[str, Any]) -> None:
+        if self.run.is_main:
+            flush(self.metrics.path)
+            finish_state(
+                states_folder(self.weights), self.place.step, {"steps": self.total_steps, **self.facts}, content
             )
-            draw_curve(self.metrics_path, self.weights.with_suffix(".png"))
-        self.run.wait()
+
+    def stop(self, signum: int) -> NoReturn:
+        self.bar.close()
+        if self.place.step > self.first_step:
+            self.save()
+        name = signal.Signals(signum).name
+        self.run.print(f"stopped by {name} after step {self.place.step}; the same command goes on from there")
+        raise Stopped(signum)
 
     def finish(self) -> None:
         self.bar.close()
@@ -257,21 +285,6 @@ class Trainer:
             f"saved {self.weights} after {self.place.step} steps, {self.place.tokens:,} tokens, "
             f"{minutes:.1f} min, peak memory {peak_memory(self.run.device):.2f} GB"
         )
-
-
-class RowsOfEpoch(torch.utils.data.Dataset):
-    """Place in an epoch's order -> row."""
-
-    def __init__(self, data: RowSource, order: np.ndarray):
-        self.data, self.order = data, order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, place: int) -> Row:
-        if place == NO_ROW:
-            return make_row([], self.data.max_seq_len, self.data.pad)
-        return self.data.row(int(self.order[place]))
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -1,0 +1,92 @@
+"""What turns losses into updates: gradients, their exchange, clipping, and the optimizers' steps."""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import write_tensors
+from .cli import UserError
+from .distributed import Run
+from .model import Transformer
+from .optim import build_optimizers
+from .options import TrainingOptions
+
+
+class TorchBackend:
+    """PyTorch's own: one process, or several with DDP, each with the whole model and the same updates."""
+
+    def __init__(self, model: Transformer, args: TrainingOptions, run: Run, dtype: torch.dtype):
+        self.raw_model, self.run, self.args = model, run, args
+        self.model = run.wrap(torch.compile(model) if args.compile else model)
+        self.optimizer = "muon" if args.optimizer == "auto" else args.optimizer
+        self.optimizers = build_optimizers(model, self.optimizer, args.learning_rate, args.weight_decay)
+        self.scaler = torch.amp.GradScaler(run.device.type, enabled=dtype == torch.float16)
+
+    def before_forward(self, last: bool) -> None:
+        self.run.synchronize_gradients(self.model, last)
+
+    def backward(self, loss: Tensor) -> None:
+        # Losses are sums divided by the global batch's targets, but DDP averages gradients over processes.
+        self.scaler.scale(loss * self.run.world_size).backward()
+
+    def update(self, factor: float, finite: bool) -> tuple[float, bool]:
+        """One step of every optimizer, at `factor` times the peak learning rate, unless a number is not finite.
+
+        Args:
+            finite: whether the losses are, on every process.
+
+        Returns:
+            the gradient's norm before clipping, and whether all is well (so it is, too, where float16's scaler merely
+            had chosen too large a scale: it skips such a step and lowers it).
+        """
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = self.args.learning_rate * factor * group["lr_scale"]
+        norm = float(torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), self.args.grad_clip))
+        well = finite and (math.isfinite(norm) or self.scaler.get_scale() > 1)
+        for optimizer in self.optimizers:
+            if finite and math.isfinite(norm):
+                self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        return norm, well
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizers[0].param_groups[0]["lr"]
+
+    def facts(self) -> dict[str, Any]:
+        """What of this the final weights depend on."""
+        return {"engine": "torch", "optimizer": self.optimizer}
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.raw_model.state_dict()
+
+    def save(self, folder: Path) -> None:
+        """Every process calls it; as all of them hold the same, one writes."""
+        if self.run.is_main:
+            content = {
+                "model": self.raw_model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "scaler": self.scaler.state_dict(),
+            }
+            write_tensors(content, folder / "model.pt")
+
+    def load(self, folder: Path) -> None:
+        """Raises UserError where what was saved is of another model or other optimizers."""
+        read = partial(torch.load, folder / "model.pt", map_location="cpu", weights_only=True)
+        content = self.run.from_main(read)
+        try:
+            self.raw_model.load_state_dict(content["model"])
+            for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.scaler.load_state_dict(content["scaler"])
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"{folder} does not fit this model and optimizer: start anew with --resume never"
+            ) from error

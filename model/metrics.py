@@ -1,0 +1,103 @@
+"""What a run says of itself: a line of NAME.metrics.jsonl at a time, means over the steps since the line before."""
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import flush
+from .distributed import Run
+from .model import LMOutput
+
+
+@dataclass
+class Group:
+    """What this process has seen of the global batch at work."""
+
+    losses: list[Tensor] = field(default_factory=list)  # of each micro-batch
+    aux_losses: list[Tensor] = field(default_factory=list)
+    expert_load: list[Tensor] = field(default_factory=list)  # [n_layers, E] each
+
+    def add(self, output: LMOutput) -> None:
+        self.losses.append(output.loss.detach())
+        if output.aux_loss is not None:
+            self.aux_losses.append(output.aux_loss.detach())
+            self.expert_load.append(output.expert_load.detach())
+
+    def finite(self) -> list[bool]:
+        """Of each micro-batch, whether its loss is."""
+        return torch.stack(self.losses).isfinite().tolist()
+
+
+@dataclass
+class Window:
+    """Sums since the last line."""
+
+    steps: int = 0
+    skipped: int = 0  # of the steps: updates left out, which count in nothing below but tokens and seconds
+    tokens: int = 0
+    seconds: float = 0.0
+    loss: float = 0.0  # of this process alone, as the next two
+    aux_loss: float = 0.0
+    expert_load: list[list[list[float]]] = field(default_factory=list)  # for each step n_layers times E shares
+
+    def add(self, group: Group, well: bool, tokens: int, seconds: float) -> None:
+        self.steps, self.tokens, self.seconds = self.steps + 1, self.tokens + tokens, self.seconds + seconds
+        if not well:
+            self.skipped += 1
+            return
+        self.loss += float(torch.stack(group.losses).sum())
+        if group.aux_losses:
+            self.aux_loss += float(torch.stack(group.aux_losses).sum())
+            self.expert_load.append(torch.stack(group.expert_load).mean(0).tolist())
+
+    def sum(self, run: Run) -> None:
+        """Adds the losses of all processes up on the main one."""
+        sums = run.sum(torch.tensor([self.loss, self.aux_loss], device=run.device))
+        self.loss, self.aux_loss = sums.tolist() if run.is_main else (0.0, 0.0)
+
+    def means(self) -> dict[str, Any]:
+        trained = max(1, self.steps - self.skipped)
+        line = {
+            "loss": self.loss / trained if self.steps > self.skipped else None,
+            "tokens_per_s": round(self.tokens / self.seconds, 1),
+        }
+        if self.expert_load:
+            load = torch.tensor(self.expert_load).mean(0)  # n_layers E
+            line["aux_loss"] = self.aux_loss / trained
+            line["expert_load"] = [[round(share, 4) for share in layer] for layer in load.tolist()]
+        return line
+
+
+class MetricsFile:
+    """JSON lines. What the disk has no room for waits in memory until it has."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.waiting = b""
+
+    def cut(self, step: int) -> None:
+        """Leaves the lines up to a step: those after it are about to be written again."""
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
+        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary.write_bytes(b"".join(kept))
+        flush(temporary)
+        os.replace(temporary, self.path)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Numbers that JSON does not know, nan and the infinities, become null."""
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self.waiting += json.dumps(known, ensure_ascii=False).encode() + b"\n"
+        size = self.path.stat().st_size
+        try:
+            with open(self.path, "ab") as file:
+                file.write(self.waiting)
+            self.waiting = b""
+        except OSError:
+            os.truncate(self.path, size)  # no half a line
