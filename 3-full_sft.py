@@ -29,7 +29,7 @@ class Args(TrainingOptions):
     stage: Literal["auto", "single", "multi"] = "auto"  # auto: multi if any row has a history
     packing: bool = True  # several conversations in a row; off: one each, and padding
     epochs: int = 2  # times through the data
-    learning_rate: float = 1e-3  # the highest, after the warm-up
+    learning_rate: float = 3e-3  # the highest, after the warm-up
 
 
 def main(args: Args) -> None:
