@@ -1,0 +1,220 @@
+"""C-Eval: multiple-choice questions of 52 subjects. Four options, so chance is 25 %.
+
+    python eval_ceval.py                                                   # the newest chat model
+    python eval_ceval.py --checkpoint out/pretrain_512.pth --prompt_style plain
+    python eval_ceval.py --shots 5                                         # after five worked examples
+    python eval_ceval.py --compare ceval_result/full_sft_512 ceval_result/dpo_512
+    python eval_ceval.py --data_dir cmmlu --split test                     # other questions of that layout
+
+The model's answer is the most probable of the tokens A, B, C and D; nothing is sampled, so the same model gives the
+same result. The questions: unpack ceval-exam.zip of https://huggingface.co/datasets/ceval/ceval-exam to dataset/ceval.
+What comes out, in ceval_result/MODEL/: a csv a subject, summary.json, summary.md and chart.png.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from model.cli import UserError, run
+
+if TYPE_CHECKING:
+    from model.choices import Guess, Prompt, Question
+
+
+@dataclass
+class Args:
+    """Measure a model on multiple-choice questions, or compare models that were."""
+
+    checkpoint: str = ""  # a .pth or a transformers folder; empty: the newest chat model in out_dir
+    out_dir: str = "out"  # where to look for the newest checkpoint
+    tokenizer: str = ""  # folder of the tokenizer; empty: the one that comes with the checkpoint
+    data_dir: str = "dataset/ceval"  # folder with dev/*.csv (examples) and val/*.csv
+    split: str = "val"  # folder of the questions in data_dir
+    shots: int = 0  # worked examples before each question
+    prompt_style: Literal["chat", "plain"] = "chat"  # chat: as a user asks; plain: one text, for base models
+    max_seq_len: int = 0  # longest prompt in tokens; 0: the context the model was trained with
+    result_dir: str = "ceval_result"  # where the results go, in a folder of the model's name
+    name: str = ""  # that folder's name; empty: the checkpoint's, with the style and shots if they are others
+    compare: list[str] = field(default_factory=list)  # folders of results to put side by side; nothing is measured
+    batch_size: int = 16  # questions scored at once
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
+    rope_scaling: float | None = None  # stretch the context by this factor (linear interpolation of positions)
+    n_heads: int | None = None  # query heads, for weights without a .json beside them; none: 16
+
+
+def main(args: Args) -> None:
+    from tqdm import tqdm
+
+    from model.choices import find_subjects, guess
+    from model.records import Account
+
+    for name, least in {"shots": 0, "batch_size": 1, "max_seq_len": 0}.items():
+        if getattr(args, name) < least:
+            raise UserError(f"{name} is {getattr(args, name)}, but must be {least} or more")
+    if args.compare:
+        compare(args)
+        return
+    subjects = find_subjects(args.data_dir, args.split)
+    model, tokenizer, checkpoint = load(args)
+    context = args.max_seq_len or int(model.config.max_seq_len * model.config.rope_factor)
+    folder = result_folder(args, checkpoint)
+    results: dict[str, list[tuple[Question, Prompt, Guess]]] = {}
+    account = Account()
+    bar = tqdm(subjects.items(), unit="subject", disable=not sys.stderr.isatty())
+    for subject, path in bar:
+        questions, prompts = prompts_of(args, tokenizer, subject, path, context, account)
+        if questions:
+            guesses = guess(model, prompts, args.batch_size)
+            results[subject] = list(zip(questions, prompts, guesses, strict=True))
+            write_csv(folder / f"{subject}.csv", results[subject])
+            right = sum(question.answer == one.letter for question, _, one in results[subject])
+            tqdm.write(f"{subject:<42} {right:>4} of {len(questions):>4}  {right / len(questions):7.2%}", sys.stdout)
+    report(args, folder, checkpoint, results, account)
+
+
+def load(args: Args) -> tuple[Any, Any, Path]:
+    from model.checkpoint import load_model, newest_checkpoint
+    from model.distributed import pick_device
+
+    device = pick_device(args.device)
+    if args.rope_scaling is not None and not 0 < args.rope_scaling < float("inf"):
+        raise UserError(f"rope_scaling is {args.rope_scaling}, but must be above 0")
+    path = Path(args.checkpoint) if args.checkpoint else newest_checkpoint(args.out_dir, ("full_sft", "dpo"))
+    overrides = dict(rope_scaling=args.rope_scaling, n_heads=args.n_heads)
+    model, tokenizer = load_model(path, device, args.tokenizer or None, **overrides)
+    print(f"{path}: {model.num_parameters():,} parameters, on {device}", flush=True)
+    return model, tokenizer, path
+
+
+def result_folder(args: Args, checkpoint: Path) -> Path:
+    """Made if need be; refused where it holds the results of a checkpoint elsewhere."""
+    name = args.name or checkpoint.absolute().name.removesuffix(".pth")
+    if not args.name:
+        name += "_plain" * (args.prompt_style == "plain") + f"_{args.shots}shot" * (args.shots > 0)
+    folder = Path(args.result_dir) / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
+    if (folder / "summary.json").is_file():
+        other = read_summary(folder)["checkpoint"]
+        if other != str(checkpoint):
+            raise UserError(f"{folder} holds the results of {other}: choose another name with --name")
+    return folder
+
+
+def prompts_of(
+    args: Args, tokenizer: Any, subject: str, path: Path, context: int, account: Any
+) -> tuple[list["Question"], list["Prompt"]]:
+    """The questions of a subject, and what the model is shown of each."""
+    from model.choices import make_prompt, read_questions
+
+    questions = read_questions(path, account)
+    examples: list[Question] = []
+    if args.shots:
+        dev = Path(args.data_dir) / "dev"
+        files = [file for file in (dev / f"{subject}_dev.csv", dev / f"{subject}.csv") if file.is_file()]
+        if not files:
+            raise UserError(f"no worked examples for {subject} in {dev}: leave --shots out")
+        examples = read_questions(files[0], account)[: args.shots]
+    return questions, [make_prompt(tokenizer, one, examples, args.prompt_style, context) for one in questions]
+
+
+def write_csv(path: Path, rows: list[tuple["Question", "Prompt", "Guess"]]) -> None:
+    import pandas as pd
+
+    from model.choices import LETTERS
+
+    table = pd.DataFrame(
+        {
+            "question": question.text,
+            **dict(zip(LETTERS, question.options, strict=True)),
+            "answer": question.answer,
+            "prediction": guess.letter,
+            "correct": question.answer == guess.letter,
+            **{f"p_{letter}": p for letter, p in zip(LETTERS, guess.probabilities, strict=True)},
+            "p_any_letter": guess.any_letter,
+        }
+        for question, _, guess in rows
+    )
+    write(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+
+
+def report(args: Args, folder: Path, checkpoint: Path, results: dict[str, list], account: Any) -> None:
+    """Writes the summary and prints what a reader wants to know first."""
+    from model.checkpoint import weights_hash, write_json
+    from model.scoreboard import draw, markdown, percent, summarize
+
+    for line in account.lines():
+        print(line, file=sys.stderr)
+    if not results:
+        raise UserError(f"{args.data_dir} holds no question that could be read")
+    rows = [row for rows in results.values() for row in rows]
+    summary = {
+        "model": folder.name,
+        "checkpoint": str(checkpoint),
+        "weights_sha256": weights_hash(checkpoint),
+        **{name: getattr(args, name) for name in ("data_dir", "split", "shots", "prompt_style")},
+        "shortened": sum(prompt.cut > 0 or prompt.shots < args.shots for _, prompt, _ in rows),
+        "skipped": account.bad.total(),
+        "any_letter": sum(guess.any_letter for *_, guess in rows) / len(rows),
+        **summarize({subject: [(q.answer, g.letter) for q, _, g in part] for subject, part in results.items()}),
+    }
+    write_json(folder / "summary.json", summary)
+    write(folder / "summary.md", markdown(summary))
+    draw([summary], folder / "chart.png")
+    total = summary["total"]
+    low, high = total["interval_95"]
+    for name, figures in summary["categories"].items():
+        print(f"{name:<42} {figures['correct']:>4} of {figures['questions']:>4}  {figures['accuracy']:7.2%}")
+    print(
+        f"total: {total['correct']} of {total['questions']}, {percent(total['accuracy'])} "
+        f"(95 % interval {100 * low:.1f} to {100 * high:.1f}); chance 25 %, "
+        f"always {summary['most_common_letter']} {percent(total['always_same_letter'])}"
+    )
+    if summary["shortened"]:
+        print(f"{summary['shortened']} prompts were longer than the context: they lost examples or their beginning")
+    print(f"{folder}/: summary.md, summary.json, chart.png and a csv a subject")
+
+
+def compare(args: Args) -> None:
+    """Several models side by side, printed and written to result_dir/comparison.md and .png."""
+    from model.scoreboard import comparison, draw
+
+    summaries = [read_summary(Path(folder)) for folder in args.compare]
+    asked = [{name: one["questions"] for name, one in summary["subjects"].items()} for summary in summaries]
+    for folder, questions in zip(args.compare, asked, strict=True):
+        if questions != asked[0]:
+            raise UserError(f"{folder} and {args.compare[0]} were not measured on the same questions")
+    table = comparison(summaries)
+    print(table)
+    folder = Path(args.result_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "comparison.md", table)
+    draw(summaries, folder / "comparison.png")
+    print(f"{folder}/: comparison.md, comparison.png")
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    file = folder / "summary.json"
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        if not {"model", "checkpoint", "total", "categories", "subjects"} <= set(summary):
+            raise ValueError("something is missing")
+    except OSError as error:
+        raise UserError(f"no results in {folder}: there is no {file} that can be read") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is no summary of this script: {error}") from error
+    return summary
+
+
+def write(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    run(main, Args)
