@@ -1,9 +1,10 @@
 """What turns losses into updates: gradients, their exchange, clipping, and the optimizers' steps."""
 
 import math
+import os
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,23 @@ from .distributed import Run
 from .model import Transformer
 from .optim import build_optimizers
 from .options import TrainingOptions
+
+if TYPE_CHECKING:
+    from .deepspeed_backend import DeepSpeedBackend
+
+
+def build_backend(
+    model: Transformer, args: TrainingOptions, run: Run, dtype: torch.dtype
+) -> "TorchBackend | DeepSpeedBackend":
+    """The one that --deepspeed asks for."""
+    if not args.deepspeed:
+        return TorchBackend(model, args, run, dtype)
+    os.environ["DS_ACCELERATOR"] = run.device.type  # read once, when DeepSpeed is imported
+    try:
+        from .deepspeed_backend import DeepSpeedBackend
+    except ImportError as error:
+        run.fail(f"--deepspeed needs DeepSpeed, for Linux: pip install deepspeed ({error})")
+    return DeepSpeedBackend(model, args, run, dtype)
 
 
 class TorchBackend:

@@ -103,6 +103,14 @@ def launch(device: str = "auto") -> Iterator[Run]:
             dist.destroy_process_group()
 
 
+def join_alone(run: Run) -> None:
+    """Makes one process a group of one, as DeepSpeed wants it, where no launcher has made a group."""
+    if not dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")
+        backend = "nccl" if run.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """A device by name; `auto` is the best there is. Raises UserError for one that is not there."""
     if name == "auto":

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .dataset import Batch, Segment, SFTDataset, pack, stack, stack_rows
+from .dataset import Batch, Segment, SFTDataset, make_row, pack, stack, stack_rows
 from .distributed import Run
 from .model import IGNORED_LABEL, Transformer
 from .tokenizer import encode_texts
@@ -44,12 +44,12 @@ def score_documents(
         for window in windows([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], max_seq_len)
     ]
     rows = pack([len(segment.ids) for segment in segments], max_seq_len)
-    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)][run.rank :: run.world_size]
     nats, tokens = 0.0, 0
     was_training = model.training
     model.eval()
-    for batch_rows in tqdm(batches, "scoring", unit="batch", disable=not (progress and run.is_main), leave=False):
-        rows_of_segments = [[segments[i] for i in row] for row in batch_rows]
+    batches = share(len(rows), batch_size, run)
+    for numbers in tqdm(batches, "scoring", unit="batch", disable=not (progress and run.is_main), leave=False):
+        rows_of_segments = [[segments[i] for i in rows[number]] for number in numbers] or [[]]
         batch = stack_rows(rows_of_segments, max_seq_len, tokenizer.pad_token_id).to(run.device)
         nats += summed_loss(model, batch)
         tokens += batch.num_targets
@@ -65,14 +65,24 @@ def answer_loss(model: Transformer, data: SFTDataset, run: Run, batch_size: int 
     nats, tokens = 0.0, 0
     was_training = model.training
     model.eval()
-    starts = range(0, len(data), batch_size)
-    for start in starts[run.rank :: run.world_size]:
-        batch = stack([data.row(i) for i in range(start, min(start + batch_size, len(data)))]).to(run.device)
+    for numbers in share(len(data), batch_size, run):
+        rows = [data.row(number) for number in numbers] or [make_row([], data.max_seq_len, data.pad)]
+        batch = stack(rows).to(run.device)
         nats += summed_loss(model, batch)
         tokens += batch.num_targets
     model.train(was_training)
     nats, tokens = sum_over_processes(run, nats, tokens)
     return nats / tokens
+
+
+def share(num_rows: int, batch_size: int, run: Run) -> list[range]:
+    """The rows of this process's batches. All processes get as many batches, of which some may have no row.
+
+    In a forward pass processes may wait for each other: with ZeRO-3 each holds a part of every weight.
+    """
+    width = batch_size * run.world_size
+    starts = (start + run.rank * batch_size for start in range(0, num_rows, width))
+    return [range(min(start, num_rows), min(start + batch_size, num_rows)) for start in starts]
 
 
 def sum_over_processes(run: Run, *numbers: float) -> list[float]:

@@ -23,13 +23,14 @@ class TrainingOptions:
     learning_rate: float = 5e-3  # the highest, after the warm-up
     warmup_steps: int = 30  # steps in which the learning rate rises
     schedule: Literal["cosine", "wsd"] = "cosine"  # how it falls to a tenth; wsd: only over the last fifth
-    optimizer: Literal["auto", "muon", "adamw"] = "auto"  # auto: Muon for the matrices, AdamW for the rest
+    optimizer: Literal["auto", "muon", "adamw"] = "auto"  # auto: Muon (matrices) and AdamW; AdamW with DeepSpeed
     weight_decay: float = 0.1  # pull of the matrices towards zero, times the learning rate
     grad_clip: float = 1.0  # longest gradient, as a norm over all parameters
     seed: int = 42  # of fresh weights, the order of the data, and dropout
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: the GPU's best half
     compile: bool = False  # compile the model first (a minute), then train faster
+    deepspeed: str = ""  # train with DeepSpeed: zero1, zero2, zero3 or a JSON file of its settings; empty: PyTorch
     log_interval: int = 10  # steps between lines of the metrics
     save_interval: int = 500  # steps between saved weights; the last step saves always
     val_interval: int = 500  # steps between validations; the last step validates always
@@ -41,6 +42,11 @@ class TrainingOptions:
         for name, lowest in least.items():
             if not lowest <= getattr(self, name) < float("inf"):
                 raise UserError(f"--{name} is {getattr(self, name)}, but must be at least {lowest}")
+        if self.deepspeed and self.optimizer == "muon":
+            raise UserError(
+                "--optimizer muon needs whole matrices, but --deepspeed cuts them up (ZeRO): leave out one of the two, "
+                "or take --optimizer adamw"
+            )
 
 
 @dataclass
@@ -53,6 +59,7 @@ class InferenceOptions:
     temperature: float = 0.7  # below 1: more predictable, above: more varied; 0: always the most probable token
     top_k: int = 50  # choose among the k most probable tokens; 0: all
     top_p: float = 0.9  # choose among the fewest tokens that together have this probability
+    min_p: float = 0.0  # choose among tokens at least this fraction as probable as the most probable one
     repetition_penalty: float = 1.1  # above 1: tokens that have occurred become less probable
     max_new_tokens: int = 256  # longest answer, in tokens; the prompt does not count
     seed: int | None = None  # the same seed gives the same answers; none: other ones each time

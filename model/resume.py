@@ -26,9 +26,10 @@ from .training_state import TrainingState, newest_state, states_folder
 # compared by the content behind them, --model by the architecture, batch and accumulation by their product.
 FREE_OPTIONS = {
     *("data_path", "val_path", "tokenizer", "init_from", "model", "out_dir", "stage", "batch_size"),
-    *("accumulation_steps", "epochs", "max_steps", "device", "compile", "num_workers"),
+    *("accumulation_steps", "epochs", "max_steps", "device", "compile", "num_workers", "deepspeed"),
     *("log_interval", "save_interval", "val_interval", "resume", "accept_changes"),
 }
+FORM_OF_STATE = ("engine", "processes")  # facts without which a state cannot even be read
 
 
 def run_facts(
@@ -62,6 +63,12 @@ def find_state(weights: Path, facts: dict[str, Any], total_steps: int, args: Tra
         return None
     before = dict(state.facts)
     steps_before = before.pop("steps")
+    unreadable = differences(*({name: each.get(name) for name in FORM_OF_STATE} for each in (before, facts)))
+    if unreadable:
+        raise UserError(
+            f"{state.folder} cannot be read by this run: {unreadable[0]}. "
+            "Go on with what it was, or start anew with --resume never"
+        )
     changes = differences(before, facts)
     if state.step < total_steps < steps_before:
         changes.append(f"steps was {steps_before}, is {total_steps}")

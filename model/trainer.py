@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .backends import TorchBackend
+from .backends import build_backend
 from .batches import GlobalBatch, GlobalBatches, RowSource
 from .checkpoint import flush, save_weights
 from .cli import Stopped
@@ -70,7 +70,8 @@ class Trainer:
         self.raw_model, self.data, self.args, self.run = model.train(), data, args, run
         self.weights, self.tokenizer, self.validate = weights, tokenizer, validate
         self.dtype = pick_dtype(args.dtype, run.device)
-        self.backend = TorchBackend(model, args, run, self.dtype)
+        self.parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)  # ZeRO-3 hides them
+        self.backend = build_backend(model, args, run, self.dtype)
         self.model = self.backend.model
         self.global_batches = GlobalBatches(data, args, run)
         self.total_steps = args.max_steps or args.epochs * len(self.global_batches)
@@ -175,10 +176,9 @@ class Trainer:
         if self.run.is_main:
             self.metrics.cut(self.place.step)
         self.started, self.first_step = time.monotonic(), self.place.step
-        parameters = sum(p.numel() for p in self.raw_model.parameters() if p.requires_grad)
         processes = f"{self.run.world_size} process{'es' if self.run.world_size > 1 else ''}"
         self.run.print(
-            f"{parameters:,} parameters on {self.run.device} ({str(self.dtype).removeprefix('torch.')}), "
+            f"{self.parameters:,} parameters on {self.run.device} ({str(self.dtype).removeprefix('torch.')}), "
             f"{len(self.data):,} rows of {self.data.max_seq_len} tokens, {self.total_steps} steps of "
             f"{self.global_batches.rows_each} rows, {processes}"
         )
