@@ -49,17 +49,17 @@ def main(args: Args) -> None:
     if args.max_seq_len and args.max_seq_len < 2:
         raise UserError(f"max_seq_len is {args.max_seq_len}, but must be 2 or more")
     sampling = sampling_of(args)
-    engine = load_engine(args, stages=("pretrain",))
-    engine.context = args.max_seq_len or engine.context
-    if args.data_path:
-        score(engine, args)
-        return
-    for prompt in args.prompt or OPENINGS:
-        answer = engine.complete(prompt, sampling)
-        print(f"\n{prompt}|", end="", flush=True)
-        for piece in answer:
-            print(piece, end="", flush=True)
-        print(f"\n[{answer}]", flush=True)
+    with load_engine(args, stages=("pretrain",)) as engine:
+        engine.context = args.max_seq_len or engine.context
+        if args.data_path:
+            score(engine, args)
+            return
+        for prompt in args.prompt or OPENINGS:
+            answer = engine.complete(prompt, sampling)
+            print(f"\n{prompt}|", end="", flush=True)
+            for piece in answer:
+                print(piece, end="", flush=True)
+            print(f"\n[{answer}]", flush=True)
 
 
 def score(engine: "Engine", args: Args) -> None:

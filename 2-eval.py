@@ -108,19 +108,19 @@ def main(args: Args) -> None:
     if args.output and not Path(args.output).absolute().parent.is_dir():
         raise UserError(f"--output {args.output}: there is no folder {Path(args.output).parent}")
     sampling = sampling_of(args)
-    engine = load_engine(args, stages=("full_sft", "dpo"))
-    questions = args.prompt or (QUESTIONS if args.auto else [])
-    chatting = not questions and sys.stdin.isatty()
-    history = args.history if args.history is not None else CHAT_HISTORY * chatting
-    conversation = Conversation(engine, sampling, args.system, history)
-    try:
-        if chatting:
-            chat(conversation)
-        else:
-            ask_all(conversation, questions or lines_of_stdin())
-    finally:
-        if args.output:
-            save(args, conversation)
+    with load_engine(args, stages=("full_sft", "dpo")) as engine:
+        questions = args.prompt or (QUESTIONS if args.auto else [])
+        chatting = not questions and sys.stdin.isatty()
+        history = args.history if args.history is not None else CHAT_HISTORY * chatting
+        conversation = Conversation(engine, sampling, args.system, history)
+        try:
+            if chatting:
+                chat(conversation)
+            else:
+                ask_all(conversation, questions or lines_of_stdin())
+        finally:
+            if args.output:
+                save(args, conversation)
 
 
 def chat(conversation: Conversation) -> None:
@@ -157,8 +157,18 @@ def lines_of_stdin() -> Iterator[str]:
 
 
 def ask_all(conversation: Conversation, questions: Iterable[str]) -> None:
+    """Questions that cannot be asked are reported and passed over; UserError where that is so with every one."""
+    errors = []
     for number, question in enumerate(questions, 1):
-        conversation.ask(question, heading=f"{number}. {question}\n")
+        try:
+            conversation.ask(question, heading=f"{number}. {question}\n")
+        except UserError as error:
+            errors.append(error)
+            print(f"{number}. {question[:40]}…\nerror: {error}\n", flush=True)
+    if errors and not conversation.record:
+        raise errors[0]
+    if errors:
+        print(f"not asked: {len(errors)} of {number} questions")
 
 
 def save(args: Args, conversation: Conversation) -> None:

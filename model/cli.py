@@ -35,6 +35,7 @@ def run(main: Callable[[Any], None], options: type, argv: list[str] | None = Non
     With subcommands, `default` is an instance of the one that is meant when none is named. A UserError ends the
     process with its one line and exit code 2, as a wrong flag does.
     """
+    sys.stdout.reconfigure(errors="replace")  # a terminal that has no Chinese shows question marks
     try:
         main(parse(options, sys.argv[1:] if argv is None else argv, default))
     except UserError as error:

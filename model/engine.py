@@ -1,141 +1,250 @@
-"""Text in, text out: a loaded model that answers chats and continues texts, piece by piece.
+"""Text in, text out, for many callers at once: a loaded model that answers chats and continues texts.
 
-    engine = load_engine(options, stages=("full_sft",))
-    answer = engine.chat([{"role": "user", "content": "你好"}], Sampling(temperature=0.7))
-    for piece in answer:
-        print(piece, end="", flush=True)
-    print(answer.finish_reason, answer.tokens_per_s)
+    with load_engine(options, stages=("full_sft",)) as engine:
+        answer = engine.chat([{"role": "user", "content": "你好"}], Sampling(temperature=0.7))
+        for piece in answer:
+            print(piece, end="", flush=True)
+        print(answer.finish_reason, answer.tokens_per_s)
 
-One answer at a time.
+One thread owns the model. Callers come and go at any time, from threads or coroutines (`async for`): their answers are
+decoded together, one token each a step; new ones join and finished or cancelled ones leave between two steps.
 """
 
-import time
-from collections.abc import Collection, Iterator, Sequence
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from .chat import Message, encode
+from .answer import Answer
+from .chat import ROLES, Message, encode
 from .checkpoint import load_model, newest_checkpoint
 from .cli import UserError
 from .distributed import pick_device
-from .generate import Sampling, generate
+from .generate import Batch, Generation, Sampling
 from .model import Transformer
 from .options import InferenceOptions
 from .tokenizer import encode_texts
 
-REPLACEMENT = "\ufffd"  # what bytes decode to that are no character, or not yet
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class TooLong(UserError):
+    """A prompt that leaves no room for an answer in the model's context."""
+
+
+class Busy(Exception):
+    """As many callers wait already as may wait."""
+
+
+class Closed(Exception):
+    """The engine takes no more work."""
 
 
 class Engine:
-    """A model, its tokenizer, and how many tokens a prompt and its answer can have together."""
+    """A model, its tokenizer, and how many tokens a prompt and its answer can have together.
 
-    def __init__(self, model: Transformer, tokenizer: PreTrainedTokenizerBase, path: str | Path = ""):
-        self.model, self.tokenizer = model, tokenizer
-        self.path = path  # where it came from
+    Args:
+        path: where the model came from.
+        max_batch: answers that are generated at the same time.
+        max_queue: further ones that may wait.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: PreTrainedTokenizerBase,
+        path: str | Path = "",
+        max_batch: int = 1,
+        max_queue: int = 64,
+    ):
+        self.model, self.tokenizer, self.path = model, tokenizer, path
+        self.max_batch, self.max_queue = max_batch, max_queue
         self.context = int(model.config.max_seq_len * model.config.rope_factor)
+        self.characters_per_token = max(map(len, tokenizer.get_vocab()))  # at most
+        self.changed = threading.Condition()  # guards what follows
+        self.waiting: deque[Answer] = deque()
+        self.jobs: deque[tuple[Future, Callable[[], Any]]] = deque()
+        self.closing = False
+        self.thread: threading.Thread | None = None  # started, and the cache allocated, when first needed
+        self.batch: Batch | None = None
+        self.answers: list[Answer] = []  # that the batch generates
 
-    def chat(self, messages: Sequence[Message], sampling: Sampling) -> "Answer":
+    def chat(self, messages: Sequence[Message], sampling: Sampling, stop: Sequence[str] = ()) -> Answer:
         """The assistant's next turn. A conversation too long for the context loses its oldest turns.
 
         Raises:
-            UserError: the system turn and the last user turn alone are too long.
+            TooLong: the system turn and the last user turn alone are too long.
             ValueError: an unknown role, or content that is not text.
+            Busy, Closed: it cannot be taken in now.
         """
+        return self.submit([(self.chat_prompt(messages, sampling), sampling)], stop)[0]
+
+    def complete(self, text: str, sampling: Sampling, stop: Sequence[str] = ()) -> Answer:
+        """What follows `text` in a document that begins with it. Raises as `chat` does."""
+        return self.submit([(self.text_prompt(text), sampling)], stop)[0]
+
+    def chat_prompt(self, messages: Sequence[Message], sampling: Sampling) -> list[int]:
         check_unicode([str(message.get("content")) for message in messages])
         # Half the context at most is kept free for the answer, so that a large max_new_tokens does not cost all turns.
         room = min(sampling.max_new_tokens, self.context // 2)
+        messages = newest_messages(messages, self.context * self.characters_per_token)
+        self.check_length(sum(characters_in(message) for message in messages))
         ids, _ = encode(self.tokenizer, messages, add_generation_prompt=True, max_length=self.context - room)
-        return self.answer(ids, sampling)
+        return ids
 
-    def complete(self, text: str, sampling: Sampling) -> "Answer":
-        """What follows `text` in a document that begins with it. Raises UserError where it is too long."""
+    def text_prompt(self, text: str) -> list[int]:
         check_unicode([text])
+        self.check_length(len(text))
         (ids,) = encode_texts(self.tokenizer, [text])
-        return self.answer([self.tokenizer.bos_token_id, *ids], sampling)
+        return [self.tokenizer.bos_token_id, *ids]
 
-    def answer(self, prompt_ids: Sequence[int], sampling: Sampling) -> "Answer":
+    def check_length(self, characters: int) -> None:
+        """Refuses megabytes at once, without counting their tokens."""
+        if characters > self.context * self.characters_per_token:
+            raise self.too_long(f"more than {self.context}")
+
+    def too_long(self, tokens: int | str) -> TooLong:
+        return TooLong(
+            f"the prompt has {tokens} tokens and leaves no room for an answer in the model's context of "
+            f"{self.context}: shorten it, or stretch the context with --rope_scaling"
+        )
+
+    def submit(self, prompts: Sequence[tuple[Sequence[int], Sampling]], stop: Sequence[str] = ()) -> list[Answer]:
+        """Answers to several prompts (ids); either all of them are taken in or none. Raises as `chat` does."""
+        answers = [self.prepare(ids, sampling, stop) for ids, sampling in prompts]
+        with self.changed:
+            self.start()
+            self.waiting = deque(answer for answer in self.waiting if not answer.generation.cancelled)
+            room = self.max_batch - len(self.answers) + self.max_queue - len(self.waiting)
+            if len(answers) > room:
+                raise Busy(f"{len(self.waiting)} answers wait already; try again soon")
+            self.waiting.extend(answers)
+            self.changed.notify()
+        return answers
+
+    def prepare(self, prompt_ids: Sequence[int], sampling: Sampling, stop: Sequence[str]) -> Answer:
         room = self.context - len(prompt_ids)
         if room < 1:
-            raise UserError(
-                f"the prompt has {len(prompt_ids)} tokens and leaves no room for an answer in the model's context "
-                f"of {self.context}: shorten it, or stretch the context with --rope_scaling"
-            )
+            raise self.too_long(len(prompt_ids))
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-        stop_ids = {self.tokenizer.eos_token_id}
-        ids = generate(self.model, prompt_ids, sampling, stop_ids)
-        return Answer(ids, stop_ids, Detokenizer(self.tokenizer), len(prompt_ids))
+        return Answer(Generation(prompt_ids, sampling, {self.tokenizer.eos_token_id}), self.tokenizer, stop)
+
+    def run(self, function: Callable[[], T]) -> "Future[T]":
+        """Calls a function that needs the model between two steps, on the thread that owns it."""
+        future: Future[T] = Future()
+        with self.changed:
+            self.start()
+            self.jobs.append((future, function))
+            self.changed.notify()
+        return future
+
+    def embed(self, ids: Sequence[int]) -> "Future[list[float]]":
+        """The mean of a text's last hidden states, of length 1."""
+
+        @torch.inference_mode()
+        def mean() -> list[float]:
+            states = self.model(input_ids=torch.tensor([ids], device=self.model.device), logits_to_keep=1)
+            return torch.nn.functional.normalize(states.last_hidden_state[0].float().mean(0), dim=0).tolist()
+
+        return self.run(mean)
+
+    def start(self) -> None:
+        if self.closing:
+            raise Closed("the engine is shutting down")
+        if self.thread is None:
+            self.batch = Batch(self.model, self.max_batch, self.context)
+            self.thread = threading.Thread(target=self.work, name="engine", daemon=True)
+            self.thread.start()
+
+    def work(self) -> None:
+        """What the engine's thread does until it is closed."""
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.closing or self.jobs or self.waiting or self.answers)
+                if self.closing:
+                    break
+                job = self.jobs.popleft() if self.jobs else None
+                self.admit()
+            if job:
+                do(*job)
+            self.step()
+        for answer in [*self.answers, *self.waiting]:
+            answer.cancel()
+        for future, _ in self.jobs:
+            future.cancel()
+
+    def admit(self) -> None:
+        while self.waiting and self.batch.has_room:
+            answer = self.waiting.popleft()
+            self.batch.add(answer.generation)
+            self.answers.append(answer)
+
+    def step(self) -> None:
+        """One token for each answer. What goes wrong there is told to all of them, and the engine goes on afresh."""
+        by_generation = {answer.generation: answer for answer in self.answers}
+        try:
+            for generation, token in self.batch.step():
+                by_generation[generation].deliver(token)
+            self.batch.remove_those_over()
+        except Exception as error:
+            log.exception("a step of the engine failed")
+            for answer in self.answers:
+                answer.deliver(error)
+            self.batch.clear()
+        with self.changed:
+            self.answers = [by_generation[generation] for generation in self.batch.generations]
+            self.changed.notify_all()
+
+    def close(self) -> None:
+        """Ends the thread; unfinished answers end where they are."""
+        with self.changed:
+            self.closing = True
+            self.changed.notify()
+        if self.thread:
+            self.thread.join()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
 
-class Answer:
-    """One answer in the making: iterate over it, once, for its text in pieces of whole characters."""
-
-    def __init__(self, ids: Iterator[int], stop_ids: Collection[int], detokenizer: "Detokenizer", prompt_tokens: int):
-        self.ids, self.stop_ids, self.detokenizer = ids, stop_ids, detokenizer
-        self.prompt_tokens = prompt_tokens
-        self.completion_tokens = 0  # so far, the closing </s> included
-        self.seconds = 0.0  # from the beginning of the iteration to the last token so far
-        self.finish_reason: str | None = None  # "stop": the model ended it, "length": it had to; None: unfinished
-
-    def __iter__(self) -> Iterator[str]:
-        started = time.monotonic()
-        for token in self.ids:
-            self.completion_tokens += 1
-            self.seconds = time.monotonic() - started
-            if token in self.stop_ids:
-                self.finish_reason = "stop"
-            elif piece := self.detokenizer.add(token):
-                yield piece
-        self.finish_reason = self.finish_reason or "length"
-        if rest := self.detokenizer.finish():
-            yield rest
-
-    @property
-    def text(self) -> str:
-        """All pieces so far."""
-        return self.detokenizer.text
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Reading the prompt included."""
-        return self.completion_tokens / self.seconds if self.seconds else 0.0
-
-    def __str__(self) -> str:
-        return f"{self.finish_reason or 'stopped'}, {self.completion_tokens} tokens, {self.tokens_per_s:.1f} tokens/s"
+def do(future: Future, function: Callable[[], Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function())
+    except Exception as error:  # whatever it is, it belongs to who waits for the result
+        future.set_exception(error)
 
 
-class Detokenizer:
-    """Ids -> text, as they come. A character's bytes may lie in several tokens: nothing of it appears until all are in.
+def newest_messages(messages: Sequence[Message], max_characters: int) -> Sequence[Message]:
+    """Leaves out old exchanges that cannot fit anyway, whatever their tokens are: so nobody has to count those."""
+    system = [message for message in messages[:1] if ROLES.get(message.get("role")) == "system"]
+    rest = messages[len(system) :]
+    characters = sum(map(characters_in, system))
+    start = 0
+    for i in reversed(range(len(rest))):
+        characters += characters_in(rest[i])
+        if characters > max_characters and start:
+            return [*system, *rest[start:]]
+        if ROLES.get(rest[i].get("role")) == "user":
+            start = i
+    return messages
 
-    All ids are decoded anew each time, so that the pieces together are what decoding them at once gives, in any
-    tokenizer; it takes 0.1 ms for 1,000 tokens.
-    """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.text = ""  # all pieces so far
-
-    def add(self, token: int) -> str:
-        """What text has become certain with this token; often a word, sometimes nothing."""
-        self.ids.append(token)
-        text = self.decode()
-        # At most three bytes wait for a fourth. Replacement characters before them are bytes that are no character.
-        unfinished = min(len(text) - len(text.rstrip(REPLACEMENT)), 3)
-        certain = text[: len(text) - unfinished]
-        return self.advance(certain) if len(certain) > len(self.text) else ""
-
-    def finish(self) -> str:
-        """What was held back, now that nothing follows: bytes that are no character, or a real U+FFFD."""
-        return self.advance(self.decode())
-
-    def decode(self) -> str:
-        return self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def advance(self, text: str) -> str:
-        piece, self.text = text[len(self.text) :], text
-        return piece
+def characters_in(message: Message) -> int:
+    content = message.get("content")
+    return len(content) if isinstance(content, str) else 0
 
 
 def check_unicode(texts: Sequence[str]) -> None:
@@ -147,7 +256,9 @@ def check_unicode(texts: Sequence[str]) -> None:
             raise UserError(f"the text is not valid UTF-8 at character {error.start}: {text[:20]!r}…") from error
 
 
-def load_engine(options: InferenceOptions, stages: Sequence[str] = ()) -> Engine:
+def load_engine(
+    options: InferenceOptions, stages: Sequence[str] = (), max_batch: int = 1, max_queue: int = 64
+) -> Engine:
     """The engine that a script's options ask for; says what it loaded.
 
     Args:
@@ -161,7 +272,7 @@ def load_engine(options: InferenceOptions, stages: Sequence[str] = ()) -> Engine
         raise UserError(f"rope_scaling is {options.rope_scaling}, but must be above 0")
     path = Path(options.checkpoint) if options.checkpoint else newest_checkpoint(options.out_dir, stages)
     model, tokenizer = load_model(path, device, options.tokenizer or None, rope_scaling=options.rope_scaling)
-    engine = Engine(model, tokenizer, path)
+    engine = Engine(model, tokenizer, path, max_batch, max_queue)
     which = "" if options.checkpoint else f", the newest in {options.out_dir}"
     print(
         f"{path}{which}: {model.num_parameters():,} parameters, context {engine.context} tokens, on {device}",
@@ -172,4 +283,5 @@ def load_engine(options: InferenceOptions, stages: Sequence[str] = ()) -> Engine
 
 def sampling_of(options: InferenceOptions) -> Sampling:
     """The sampling options of a command line. Raises UserError for a value outside its range."""
-    return Sampling(**{field.name: getattr(options, field.name) for field in fields(Sampling)})
+    names = [field.name for field in fields(Sampling) if hasattr(options, field.name)]
+    return Sampling(**{name: getattr(options, name) for name in names})

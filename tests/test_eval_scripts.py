@@ -202,10 +202,20 @@ def test_a_mistake_in_chatting_ends_with_one_line(fail, tmp_path):
     assert "not valid UTF-8" in fail("2-eval.py", stdin="你好".encode("gbk"))
 
 
-def test_what_was_answered_before_a_mistake_is_kept(fail, tmp_path):
+def test_a_question_that_is_too_long_is_passed_over(call, tmp_path):
     file = tmp_path / "answers.json"
-    fail("2-eval.py", "--prompt", "hi", "x" * 99, "--max_new_tokens", 1, "--output", file)
-    assert [answer["prompt"] for answer in json.loads(file.read_text())["answers"]] == ["hi"]
+    printed = call("2-eval.py", "--prompt", "hi", "x" * 99, "ho", "--max_new_tokens", 1, "--output", file)
+    assert [answer["prompt"] for answer in json.loads(file.read_text())["answers"]] == ["hi", "ho"]
+    assert re.search(r"^2\. x+…\nerror: .*context of 64.*\n\n3\. ho$", printed, re.M)
+    assert printed.splitlines()[-1] == "not asked: 1 of 3 questions"
+
+
+def test_a_terminal_without_chinese_shows_question_marks(out):
+    command = [sys.executable, ROOT / "2-eval.py", "--out_dir", out, "--prompt", "你好a", "--max_new_tokens", "1"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"1. ??a\n" in done.stdout
 
 
 def test_a_reader_that_leaves_is_no_error(out):
