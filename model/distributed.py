@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn, TypeVar
 
 import torch
@@ -23,6 +23,7 @@ class Run:
     rank: int
     world_size: int
     device: torch.device
+    wrapped: list[DistributedDataParallel] = field(default_factory=list)
 
     @property
     def is_main(self) -> bool:
@@ -78,7 +79,9 @@ class Run:
         """The same model, with gradients averaged over processes in its backward pass."""
         if self.world_size == 1:
             return model
-        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+        wrapped = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+        self.wrapped.append(wrapped)
+        return wrapped
 
     def synchronize_gradients(self, model: nn.Module, on: bool) -> None:
         """Off while micro-batches are accumulated: only the group's last backward pass exchanges gradients."""
@@ -96,9 +99,14 @@ def launch(device: str = "auto") -> Iterator[Run]:
         torch.cuda.set_device(chosen)
     if world_size > 1:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    run = Run(int(os.environ.get("RANK", 0)), world_size, chosen)
     try:
-        yield Run(int(os.environ.get("RANK", 0)), world_size, chosen)
+        yield run
     finally:
+        for model in run.wrapped:
+            # They hold the process group, too. Were they freed later, its end would come while Python's lock is held,
+            # and wait for a thread of its own that waits for this lock (pytorch issue 56297).
+            del model.logger, model.reducer
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -57,9 +57,9 @@ def find_state(weights: Path, facts: dict[str, Any], total_steps: int, args: Tra
         shutil.rmtree(folder, ignore_errors=True)
     state, complaints = newest_state(folder)
     for complaint in complaints:
-        print(f"warning: {complaint}")
+        print(f"warning: {complaint}", flush=True)
     if state is None:
-        print(f"starting fresh: no training state in {folder}")
+        print(f"starting fresh: no training state in {folder}", flush=True)
         return None
     before = dict(state.facts)
     steps_before = before.pop("steps")
@@ -77,9 +77,9 @@ def find_state(weights: Path, facts: dict[str, Any], total_steps: int, args: Tra
             f"{state.folder} is of another run: {'; '.join(changes)}. "
             "Go on all the same with --accept_changes, or start anew with --resume never"
         )
-    print(f"going on after step {state.step}, from {state.folder}" + "".join(f"; {change}" for change in changes))
+    print(f"going on after step {state.step}, from {state.folder}", *changes, sep="; ", flush=True)
     if total_steps > steps_before:
-        print(f"the run is longer than it was: {steps_before} -> {total_steps} steps")
+        print(f"the run is longer than it was: {steps_before} -> {total_steps} steps", flush=True)
     return state
 
 

@@ -14,7 +14,7 @@ from test_dataset import DIALOGUES, write_csv
 from model.checkpoint import load_model
 from model.cli import parse
 from model.optim import Muon, build_optimizers, learning_rate_factor, orthogonalize
-from model.tokenizer import encode_texts, tokenizer_hash
+from model.tokenizer import encode_texts, load_tokenizer, tokenizer_hash
 
 
 def test_orthogonalized_updates_have_singular_values_near_one():
@@ -66,17 +66,22 @@ def test_schedules(schedule):
     assert middle == (1.0 if schedule == "wsd" else pytest.approx(0.55, abs=0.02))
 
 
-@pytest.fixture
-def data(tmp_path, tokenizer, tokenizer_dir):
+def make_data(folder, tokenizer_dir):
     """A token file of 61 rows of 16, and a csv; flags for a very small model."""
+    tokenizer = load_tokenizer(tokenizer_dir)
     documents = [[1, *ids, 2] for ids in encode_texts(tokenizer, [LINES[i % 6] * (i % 3 + 1) for i in range(40)])]
     tokens = np.array(sum(documents, []), dtype=np.uint16)
-    tokens.tofile(tmp_path / "tokens.bin")
+    tokens.tofile(folder / "tokens.bin")
     description = dict(dtype="uint16", tokens=len(tokens), tokenizer_sha256=tokenizer_hash(tokenizer_dir))
-    (tmp_path / "tokens.json").write_text(json.dumps(description))
-    write_csv(tmp_path / "sft.csv", [[json.dumps(h), q * n, a * n] for n in range(1, 8) for h, q, a in DIALOGUES])
-    (tmp_path / "val.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in LINES))
-    return tmp_path
+    (folder / "tokens.json").write_text(json.dumps(description))
+    write_csv(folder / "sft.csv", [[json.dumps(h), q * n, a * n] for n in range(1, 8) for h, q, a in DIALOGUES])
+    (folder / "val.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in LINES))
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path, tokenizer_dir):
+    return make_data(tmp_path, tokenizer_dir)
 
 
 def pretrain_flags(data, tokenizer_dir, out, *more) -> list[str]:
@@ -84,6 +89,10 @@ def pretrain_flags(data, tokenizer_dir, out, *more) -> list[str]:
     flags += ["--model", "tiny", "--dim", 32, "--n_layers", 2, "--n_heads", 4, "--n_kv_heads", 2]
     flags += ["--log_interval", 1, "--warmup_steps", 3, "--device", "cpu", *more]
     return [str(flag) for flag in flags]
+
+
+def rows_of(data) -> int:
+    return -(-(json.loads((data / "tokens.json").read_text())["tokens"] - 1) // 31)
 
 
 def train(script: str, flags: list) -> None:
@@ -148,7 +157,7 @@ def test_every_row_is_trained_once_an_epoch(data, tokenizer_dir, tmp_path):
     train("1-pretrain.py", pretrain_flags(data, tokenizer_dir, out, "--batch_size", 4, "--accumulation_steps", 3))
     lines = metrics(out / "pretrain_32.metrics.jsonl")
     total = json.loads((data / "tokens.json").read_text())["tokens"]
-    rows = -(-(total - 1) // 31)
+    rows = rows_of(data)
     assert lines[-1]["step"] == -(-rows // 12)
     assert lines[-1]["tokens"] == total + rows - 1  # rows overlap by one token
     assert lines[-1]["epoch"] == 1
