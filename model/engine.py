@@ -272,6 +272,8 @@ def load_engine(
         raise UserError(f"rope_scaling is {options.rope_scaling}, but must be above 0")
     path = Path(options.checkpoint) if options.checkpoint else newest_checkpoint(options.out_dir, stages)
     model, tokenizer = load_model(path, device, options.tokenizer or None, rope_scaling=options.rope_scaling)
+    if options.lora:
+        model = with_adapter(model, options.lora)
     engine = Engine(model, tokenizer, path, max_batch, max_queue)
     which = "" if options.checkpoint else f", the newest in {options.out_dir}"
     print(
@@ -279,6 +281,18 @@ def load_engine(
         flush=True,
     )
     return engine
+
+
+def with_adapter(model: Transformer, folder: str) -> Transformer:
+    """The model with a LoRA adapter merged into its weights. Raises UserError for one that does not fit."""
+    from peft import PeftModel
+
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise UserError(f"no adapter in {folder}: there is no adapter_config.json")
+    try:
+        return PeftModel.from_pretrained(model, folder).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"the adapter in {folder} does not fit the checkpoint: {str(error)[:200]}") from error
 
 
 def sampling_of(options: InferenceOptions) -> Sampling:

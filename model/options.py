@@ -54,6 +54,7 @@ class InferenceOptions:
     checkpoint: str = ""  # a .pth or a transformers folder; empty: the newest fitting one in out_dir
     out_dir: str = "out"  # where to look for the newest checkpoint
     tokenizer: str = ""  # folder of the tokenizer; empty: the one that comes with the checkpoint
+    lora: str = ""  # folder of an adapter (LoRA) for the checkpoint
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     rope_scaling: float | None = None  # stretch the context by this factor (linear interpolation of positions)
     temperature: float = 0.7  # below 1: more predictable, above: more varied; 0: always the most probable token
