@@ -21,6 +21,7 @@ import pytest
 from conftest import ROOT, make_model
 from openai.types import Completion, CreateEmbeddingResponse, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from streamlit.testing.v1 import AppTest
 
 from model.chat import encode
 from model.checkpoint import save_weights
@@ -581,7 +582,19 @@ def test_a_mistake_ends_with_one_line(flags, reason):
     assert done.stderr.splitlines()[-1].startswith("error: ") and reason in done.stderr
 
 
-# The terminal client.
+# The web page and the terminal client.
+
+
+def test_the_page_talks_to_it(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fast_inference.py", "--out_dir", str(tmp_path)])
+    page = AppTest.from_file(str(ROOT / "fast_inference.py"), default_timeout=60).run()
+    page.selectbox(key="model").set_value("").run()
+    page.text_input(key="base_url").set_value(server.url)
+    page.slider(key="max_new_tokens").set_value(16)
+    page.chat_input[0].set_value("你好").run()
+    assert not page.exception and not page.error
+    assert [message.name for message in page.chat_message] == ["user", "assistant"]
+    assert re.match(r"\d+ 词元 · [\d.]+ 词元/秒", page.chat_message[1].caption[0].value)
 
 
 def talk(server: Server, *flags: object, typed: str = "") -> subprocess.CompletedProcess:
