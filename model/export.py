@@ -6,6 +6,7 @@ pairs that are neighbours; its correction bias for balancing stays 0.
 """
 
 import json
+import shutil
 import struct
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -167,6 +168,9 @@ def write_transformers_folder(folder: Path, model: Transformer, tokenizer: PreTr
 def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """With the project's chat layout, in which the model was trained."""
     tokenizer.save_pretrained(folder)
+    sentencepiece_file = Path(tokenizer.name_or_path) / "tokenizer.model"
+    if sentencepiece_file.is_file():
+        shutil.copy2(sentencepiece_file, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     file = folder / "tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))

@@ -16,6 +16,7 @@ from model.chat import encode
 from model.checkpoint import load_model, save_weights
 from model.cli import UserError, run
 from model.export import from_llama, write_llama2c, write_llama_folder
+from model.export_check import TEXTS, check_tokenizer
 from model.gguf_file import modelfile, read_gguf, sentencepiece_vocabulary, write_gguf
 from model.model_card import model_card
 from model.tokenizer import load_tokenizer
@@ -266,16 +267,26 @@ def test_the_modelfile_lays_a_chat_out_as_we_do(tokenizer):
     assert text == tokenizer.decode(ids)
 
 
-def test_a_sentencepiece_vocabulary_is_its_own(tmp_path):
+@pytest.fixture
+def sentencepiece_dir(tmp_path) -> Path:
+    """A bare tokenizer.model that puts a space before each text, as Mistral's does."""
     import sentencepiece
 
     (tmp_path / "text").write_text("你好，世界！春天来了，小草绿了。 Hello, world 123\n" * 50, encoding="utf-8")
+    (tmp_path / "sentencepiece").mkdir()
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=300, model_type="bpe",
-        byte_fallback=True, add_dummy_prefix=True, minloglevel=2, hard_vocab_limit=False,
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "sentencepiece" / "tokenizer"), model_type="bpe",
+        vocab_size=300, hard_vocab_limit=False, byte_fallback=True, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
     )  # fmt: skip
-    native = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    tokens = load_tokenizer(tmp_path)
+    return tmp_path / "sentencepiece"
+
+
+def test_a_sentencepiece_vocabulary_is_its_own(tmp_path, sentencepiece_dir):
+    import sentencepiece
+
+    native = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_dir / "tokenizer.model"))
+    tokens = load_tokenizer(sentencepiece_dir)
     write_gguf(tmp_path / "a.gguf", make_model(vocab_size=310), tokens, "f32", "a")
     fields = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "a.gguf").fields.items()}
     assert fields["tokenizer.ggml.model"] == "llama"
@@ -285,7 +296,22 @@ def test_a_sentencepiece_vocabulary_is_its_own(tmp_path):
     types = fields["tokenizer.ggml.token_type"]
     assert types[:4] == [2, 3, 3, 6] and set(types[size:]) == {5}
     assert sum(kind == 6 for kind in types) == 256
-    assert sentencepiece_vocabulary(tmp_path / "tokenizer.model", 310).adds_space
+    assert sentencepiece_vocabulary(sentencepiece_dir / "tokenizer.model", 310).adds_space
+
+
+def test_spaces_before_each_text_are_told_and_other_ids_refused(tmp_path, sentencepiece_dir, tokenizer, capsys):
+    for name, source in (("space", load_tokenizer(sentencepiece_dir)), ("none", tokenizer)):
+        write_llama_folder(tmp_path / name, make_model(), source)
+        theirs = AutoTokenizer.from_pretrained(tmp_path / name)
+        found = {f"ids{n}": torch.tensor(theirs(text).input_ids) for n, text in enumerate(TEXTS)}
+        chat = theirs.apply_chat_template([{"role": "user", "content": TEXTS[0]}], add_generation_prompt=True)
+        found["chat"] = torch.tensor(chat["input_ids"])
+        check_tokenizer(found, source, tmp_path)
+        assert (tmp_path / name / "tokenizer.model").is_file() == (name == "space")
+        assert ("warning" in capsys.readouterr().out) == (name == "space")
+        for key in found if name == "none" else ["ids0"]:
+            with pytest.raises(UserError, match="tokenizes otherwise"):
+                check_tokenizer(found | {key: found[key].flip(0)}, source, tmp_path)
 
 
 # llama2.c.
