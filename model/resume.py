@@ -77,7 +77,8 @@ def find_state(weights: Path, facts: dict[str, Any], total_steps: int, args: Tra
             f"{state.folder} is of another run: {'; '.join(changes)}. "
             "Go on all the same with --accept_changes, or start anew with --resume never"
         )
-    print(f"going on after step {state.step}, from {state.folder}", *changes, sep="; ", flush=True)
+    if state.step < total_steps:
+        print(f"going on after step {state.step}, from {state.folder}", *changes, sep="; ", flush=True)
     if total_steps > steps_before:
         print(f"the run is longer than it was: {steps_before} -> {total_steps} steps", flush=True)
     return state

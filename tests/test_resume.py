@@ -106,15 +106,15 @@ def assert_same_run(weights: Path, other: Path) -> None:
 
 def flags_of(stage: str, data: Path, tokenizer_dir: Path, out: Path, *more) -> tuple[str, list[str], Path]:  # noqa: F811
     """Script, flags and weights of a run of some 40 steps in 2 to 4 epochs with everything that has a state."""
-    common = ["--dropout", 0.1, "--log_interval", 3, "--save_interval", INTERVAL, "--accumulation_steps", 2, *more]
+    common = ["--dropout", 0.1, "--log_interval", 3, "--save_interval", INTERVAL, "--accumulation_steps", 2]
     if stage == "sft":
         base = out.parent / "base"
         if not base.exists():
             run("1-pretrain.py", pretrain_flags(data, tokenizer_dir, base, "--max_steps", 2), out.parent / "base.log")
         flags = ["--data_path", data / "sft.csv", "--out_dir", out, "--init_from", base / "pretrain_32.pth"]
-        flags += ["--max_seq_len", 128, "--epochs", 12, "--batch_size", 2, "--device", "cpu", *common[2:]]
+        flags += ["--max_seq_len", 128, "--epochs", 12, "--batch_size", 2, "--device", "cpu", *common[2:], *more]
         return "3-full_sft.py", list(map(str, flags)), out / "multi_chat" / "full_sft_32.pth"
-    flags = pretrain_flags(data, tokenizer_dir, out, *common, "--batch_size", 2, "--epochs", 3)
+    flags = pretrain_flags(data, tokenizer_dir, out, *common, "--batch_size", 2, "--epochs", 3, *more)
     return "1-pretrain.py", flags, out / f"pretrain_32{'_moe' if stage == 'moe' else ''}.pth"
 
 
@@ -125,19 +125,20 @@ def soak(stage: str, data: Path, tokenizer_dir: Path, folder: Path, kills: list[
     total = json.loads(whole.with_suffix(".json").read_text())["step"]
     script, flags, weights = flags_of(stage, data, tokenizer_dir, folder / "killed", *more)
     states = training_state.states_folder(weights)
-    done_again, generator = 0, random.Random(len(kills))
+    done_again, generator, log = 0, random.Random(len(kills)), folder / "log"
     for number, point in enumerate(kills):
         before = steps_in(states)
         if point == "moment":
-            process = start(script, flags, folder / "log")
-            while process.is_alive() and not steps_in(states):
+            log.unlink()
+            process = start(script, flags, log)
+            while process.is_alive() and not (log.exists() and "step/s" in log.read_text()):
                 time.sleep(0.005)
             time.sleep(generator.uniform(0, 0.5))
             process.kill()
             process.join()
         else:
-            assert run(script, flags, folder / "log", (point, 1 if before else 2)) == -signal.SIGKILL, point
-        said = (folder / "log").read_text()
+            assert run(script, flags, log, (point, 1 if before else 2)) == -signal.SIGKILL, point
+        said = log.read_text()
         if before:
             assert f"going on after step {before[-1]}," in said, said
         else:
@@ -145,8 +146,8 @@ def soak(stage: str, data: Path, tokenizer_dir: Path, folder: Path, kills: list[
         lines = metrics(weights.with_suffix(".metrics.jsonl"))
         assert [line["step"] for line in lines] == sorted({line["step"] for line in lines}), number
         done_again += max(0, lines[-1]["step"] - steps_in(states)[-1])
-    assert run(script, flags, folder / "log") == 0
-    said = (folder / "log").read_text()
+    assert run(script, flags, log) == 0
+    said = log.read_text()
     assert "going on after step" in said and f"saved {weights} after {total} steps" in said
     assert done_again <= len(kills) * INTERVAL
     assert_same_run(weights, whole)
@@ -161,7 +162,7 @@ def test_a_run_killed_at_each_point_of_saving_ends_with_the_same_weights(data, t
 @pytest.mark.parametrize("stage", ["pretrain", "moe", "sft"])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_the_soak(stage, optimizer, data, tokenizer_dir, tmp_path):  # noqa: F811
-    more = ["--optimizer", optimizer, *(["--use_moe"] if stage == "moe" else [])]
+    more = ["--optimizer", optimizer, "--epochs", 60 if stage == "sft" else 10, *(["--use_moe"] * (stage == "moe"))]
     soak(stage, data, tokenizer_dir, tmp_path, POINTS + ["moment"] * 12, *more)
 
 
