@@ -30,13 +30,14 @@ class Args:
     checkpoint: str = ""  # a .pth or a transformers folder; empty: the newest chat model in out_dir
     out_dir: str = "out"  # where to look for the newest checkpoint
     tokenizer: str = ""  # folder of the tokenizer; empty: the one that comes with the checkpoint
+    lora: str = ""  # folder of an adapter (LoRA) for the checkpoint
     data_dir: str = "dataset/ceval"  # folder with dev/*.csv (examples) and val/*.csv
     split: str = "val"  # folder of the questions in data_dir
     shots: int = 0  # worked examples before each question
     prompt_style: Literal["chat", "plain"] = "chat"  # chat: as a user asks; plain: one text, for base models
     max_seq_len: int = 0  # longest prompt in tokens; 0: the context the model was trained with
     result_dir: str = "ceval_result"  # where the results go, in a folder of the model's name
-    name: str = ""  # that folder's name; empty: the checkpoint's, with the style and shots if they are others
+    name: str = ""  # that folder's name; empty: the checkpoint's, with adapter, style and shots where they matter
     compare: list[str] = field(default_factory=list)  # folders of results to put side by side; nothing is measured
     batch_size: int = 16  # questions scored at once
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
@@ -77,6 +78,7 @@ def main(args: Args) -> None:
 def load(args: Args) -> tuple[Any, Any, Path]:
     from model.checkpoint import load_model, newest_checkpoint
     from model.distributed import pick_device
+    from model.engine import with_adapter
 
     device = pick_device(args.device)
     if args.rope_scaling is not None and not 0 < args.rope_scaling < float("inf"):
@@ -84,14 +86,17 @@ def load(args: Args) -> tuple[Any, Any, Path]:
     path = Path(args.checkpoint) if args.checkpoint else newest_checkpoint(args.out_dir, ("full_sft", "dpo"))
     overrides = dict(rope_scaling=args.rope_scaling, n_heads=args.n_heads)
     model, tokenizer = load_model(path, device, args.tokenizer or None, **overrides)
+    if args.lora:
+        model = with_adapter(model, args.lora)
     print(f"{path}: {model.num_parameters():,} parameters, on {device}", flush=True)
     return model, tokenizer, path
 
 
 def result_folder(args: Args, checkpoint: Path) -> Path:
-    """Made if need be; refused where it holds the results of a checkpoint elsewhere."""
+    """Made if need be; refused where it holds the results of another model."""
     name = args.name or checkpoint.absolute().name.removesuffix(".pth")
     if not args.name:
+        name += f"_{Path(args.lora).name}" if args.lora else ""
         name += "_plain" * (args.prompt_style == "plain") + f"_{args.shots}shot" * (args.shots > 0)
     folder = Path(args.result_dir) / name
     try:
@@ -99,9 +104,10 @@ def result_folder(args: Args, checkpoint: Path) -> Path:
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
     if (folder / "summary.json").is_file():
-        other = read_summary(folder)["checkpoint"]
-        if other != str(checkpoint):
-            raise UserError(f"{folder} holds the results of {other}: choose another name with --name")
+        other = read_summary(folder)
+        if (other["checkpoint"], other["lora"]) != (str(checkpoint), args.lora):
+            models = " with ".join(filter(None, (other["checkpoint"], other["lora"])))
+            raise UserError(f"{folder} holds the results of {models}: choose another name with --name")
     return folder
 
 
@@ -155,6 +161,7 @@ def report(args: Args, folder: Path, checkpoint: Path, results: dict[str, list],
     summary = {
         "model": folder.name,
         "checkpoint": str(checkpoint),
+        "lora": args.lora,
         "weights_sha256": weights_hash(checkpoint),
         **{name: getattr(args, name) for name in ("data_dir", "split", "shots", "prompt_style")},
         "shortened": sum(prompt.cut > 0 or prompt.shots < args.shots for _, prompt, _ in rows),
@@ -201,7 +208,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     file = folder / "summary.json"
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
-        if not {"model", "checkpoint", "total", "categories", "subjects"} <= set(summary):
+        if not {"model", "checkpoint", "lora", "total", "categories", "subjects"} <= set(summary):
             raise ValueError("something is missing")
     except OSError as error:
         raise UserError(f"no results in {folder}: there is no {file} that can be read") from error

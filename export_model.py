@@ -34,6 +34,7 @@ class Args:
     out_dir: str = "out"  # where to look for the newest checkpoint
     output: str = ""  # folder to make (for pth: the file); empty: export/NAME-FORMAT
     tokenizer: str = ""  # folder of the tokenizer; empty: the one that comes with the checkpoint
+    lora: str = ""  # folder of an adapter (LoRA) to merge into the weights first
     gguf_type: Literal["f32", "f16", "q8_0"] = "f16"  # numbers of a gguf: 32, 16 or about 8.5 bits each
     push_to_hub: str = ""  # also upload the folder to this repository of huggingface.co, as in NAME/minimind
     result_dir: str = "ceval_result"  # results of eval_ceval.py, for the model card
@@ -46,9 +47,8 @@ def main(args: Args) -> None:
     if args.push_to_hub and args.format not in ("transformers", "llama"):
         raise UserError("--push_to_hub uploads transformers folders: choose --format transformers or llama")
     source, model, tokenizer = load(args)
-    name = source.absolute().name.removesuffix(".pth")
     suffix = f"-{args.gguf_type}" if args.format == "gguf" else ""
-    output = Path(args.output or f"export/{name}-{args.format}{suffix}")
+    output = Path(args.output or f"export/{name_of(args, source)}-{args.format}{suffix}")
     if args.format == "pth" and not args.output:
         raise UserError("name the file to make, as in --output out/full_sft_512.pth")
     if output.exists():
@@ -69,9 +69,15 @@ def main(args: Args) -> None:
         push(output, args.push_to_hub)
 
 
+def name_of(args: Args, source: Path) -> str:
+    adapter = f"-{Path(args.lora).name}" if args.lora else ""
+    return source.absolute().name.removesuffix(".pth") + adapter
+
+
 def load(args: Args) -> tuple[Path, "Transformer", Any]:
     """The checkpoint's path, its model and its tokenizer."""
     from model.checkpoint import has_tokenizer, load_model, newest_checkpoint
+    from model.engine import with_adapter
     from model.export import foreign_type, from_llama
     from model.tokenizer import SHIPPED, load_tokenizer
 
@@ -82,6 +88,8 @@ def load(args: Args) -> tuple[Path, "Transformer", Any]:
         tokenizer = load_tokenizer(args.tokenizer or (path if has_tokenizer(path) else SHIPPED))
     else:
         model, tokenizer = load_model(path, "cpu", args.tokenizer or None, **overrides)
+    if args.lora:
+        model = with_adapter(model, args.lora).eval()
     print(f"{path}: {model.num_parameters():,} parameters", flush=True)
     return path, model, tokenizer
 
@@ -93,8 +101,7 @@ def write_folder(args: Args, folder: Path, source: Path, model: "Transformer", t
 
     write = write_llama_folder if args.format == "llama" else write_transformers_folder
     write(folder, model, tokenizer)
-    name = source.absolute().name.removesuffix(".pth")
-    card = model_card(name, args.format, model, source, Path(args.result_dir))
+    card = model_card(name_of(args, source), args.format, model, source, args.lora, Path(args.result_dir))
     (folder / "README.md").write_text(card, encoding="utf-8")
     told(check_export(args.format, folder, model, tokenizer))
 
@@ -105,7 +112,7 @@ def write_gguf_folder(args: Args, folder: Path, source: Path, model: "Transforme
     from model.gguf_file import modelfile, rounded, write_gguf
 
     folder.mkdir()
-    name = source.absolute().name.removesuffix(".pth")
+    name = name_of(args, source)
     file = folder / f"{name}-{args.gguf_type}.gguf"
     write_gguf(file, model, tokenizer, args.gguf_type, name)
     text = modelfile(file.name, tokenizer, context_of(model.config))
@@ -118,18 +125,18 @@ def write_llama2c_folder(args: Args, folder: Path, source: Path, model: "Transfo
     from model.export_check import check_export
 
     folder.mkdir()
-    file = folder / f"{source.absolute().name.removesuffix('.pth')}.bin"
+    file = folder / f"{name_of(args, source)}.bin"
     write_llama2c(file, model)
     told(check_export("llama2c", file, model, tokenizer))
 
 
 def write_pth(args: Args, _: Path, source: Path, model: "Transformer", tokenizer: Any) -> None:
-    """The source is what is read in a fresh process here; a .pth is checked whenever it is loaded."""
+    """A folder is read in a fresh process as its own program reads it; a .pth is checked whenever it is loaded."""
     from model.checkpoint import save_weights
     from model.export import foreign_type
     from model.export_check import check_export
 
-    if source.is_dir():
+    if source.is_dir() and not args.lora:
         told(check_export("llama" if foreign_type(source) else "transformers", source, model, tokenizer))
     save_weights(Path(args.output), model, tokenizer.name_or_path, stage=Path(args.output).stem)
 

@@ -16,9 +16,9 @@ from .chat import encode, generation_prompt, header_ids
 from .cli import UserError
 from .model import Transformer
 from .records import Account
+from .scoreboard import LETTERS
 from .tokenizer import encode_texts
 
-LETTERS = "ABCD"
 INSTRUCTION = "以下是单项选择题，请选出其中的正确答案。"
 
 

@@ -21,9 +21,9 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 ```"""
 
 
-def model_card(name: str, kind: str, model: Transformer, source: Path, result_dir: Path) -> str:
+def model_card(name: str, kind: str, model: Transformer, source: Path, lora: str, result_dir: Path) -> str:
     """Markdown with the head that model hubs read. Figures come from files beside the checkpoint and C-Eval's results;
-    what was not measured is left out."""
+    what was not measured is left out, as are the base model's figures where an adapter is merged into it."""
     config = model.config
     experts = f"，混合专家 {config.n_shared_experts}+{config.n_routed_experts}，top-{config.num_experts_per_tok}"
     heads = f"{config.n_layers} 层，宽 {config.dim}，{config.n_heads} 个查询头，{config.n_kv_heads} 个键值头"
@@ -31,8 +31,8 @@ def model_card(name: str, kind: str, model: Transformer, source: Path, result_di
         "参数量": f"{model.num_parameters():,}",
         "结构": heads + experts * config.use_moe,
         "词表 / 上下文": f"{config.vocab_size:,} / {context_of(config)}",
-        **training_rows(source),
-        **ceval_rows(source, result_dir),
+        **({"适配器": Path(lora).name} if lora else training_rows(source)),
+        **ceval_rows(source, lora, result_dir),
     }
     trust = ", trust_remote_code=True" if kind == "transformers" else ""
     return "\n".join(
@@ -83,8 +83,8 @@ def last_validation(metrics: Path) -> dict[str, Any]:
     return next((line for line in reversed(lines) if "val_loss" in line), {})
 
 
-def ceval_rows(source: Path, result_dir: Path) -> dict[str, str]:
-    """Results of eval_ceval.py for exactly these weights, whatever they were called."""
+def ceval_rows(source: Path, lora: str, result_dir: Path) -> dict[str, str]:
+    """Results of eval_ceval.py for exactly these weights, whatever they were called, and this adapter."""
     files = sorted(result_dir.glob("*/summary.json"))
     if not files:
         return {}
@@ -92,7 +92,7 @@ def ceval_rows(source: Path, result_dir: Path) -> dict[str, str]:
     rows = {}
     for file in files:
         summary = json.loads(file.read_text(encoding="utf-8"))
-        if summary["weights_sha256"] == weights:
+        if (summary["weights_sha256"], summary["lora"]) == (weights, lora):
             total = summary["total"]
             low, high = (100 * bound for bound in total["interval_95"])
             rows[f"{Path(summary['data_dir']).name}（{summary['prompt_style']}，{summary['shots']}-shot）"] = (

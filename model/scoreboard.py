@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 CHANCE = 0.25  # of four options
+LETTERS = "ABCD"
 
 CATEGORIES = {  # C-Eval's own (Huang et al. 2023, table of subjects)
     "STEM": """advanced_mathematics college_chemistry college_physics college_programming computer_architecture
@@ -71,6 +72,7 @@ def summarize(marks_of: dict[str, Marks]) -> dict[str, Any]:
         "mean_of_subjects": sum(figures["accuracy"] for figures in subjects.values()) / len(subjects),
         "chance": CHANCE,
         "most_common_letter": letter,
+        "chosen": {option: sum(chosen == option for _, chosen in everything) for option in LETTERS},
         "categories": {name: score(marks, letter) for name, marks in categories.items() if marks},
         "subjects": subjects,
     }
@@ -103,10 +105,11 @@ def markdown(summary: dict[str, Any]) -> str:
         [
             f"# {summary['model']}",
             "",
-            f"{summary['checkpoint']}, {summary['prompt_style']} style, {summary['shots']} shots, "
-            f"{summary['data_dir']} ({summary['split']}).",
+            f"{summary['checkpoint']}{summary['lora'] and ' with '}{summary['lora']}, "
+            f"{summary['prompt_style']} style, {summary['shots']} shots, {summary['data_dir']} ({summary['split']}).",
             f"Mean of the subjects: {percent(summary['mean_of_subjects'])}. "
-            f"The model says a letter with probability {summary['any_letter']:.3f}.",
+            f"It chose {', '.join(f'{letter} {count} times' for letter, count in summary['chosen'].items())}, "
+            f"and says a letter at all with probability {summary['any_letter']:.3f}.",
             "",
             *head,
             row("**total**", summary["total"]),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, load_script, make_model
+from peft import LoraConfig, get_peft_model
 
 from model.checkpoint import save_weights
 from model.choices import LETTERS, Question, find_subjects, guess, make_prompt, read_questions
@@ -166,6 +167,8 @@ def test_results_are_written_and_add_up(call, data, tmp_path):
     assert summary["categories"].keys() == {"Humanities", "Uncategorised"}
     assert summary["categories"]["Humanities"]["correct"] == right["law"] + right["logic"]
     assert (summary["total"]["questions"], summary["total"]["correct"]) == (12, sum(right.values()))
+    assert sum(summary["chosen"].values()) == 12
+    assert summary["chosen"]["A"] == sum(row["prediction"] == "A" for rows in tables.values() for row in rows)
     assert (summary["most_common_letter"], summary["total"]["always_same_letter"]) == ("D", 6 / 12)
     assert summary["mean_of_subjects"] == pytest.approx(
         (right["law"] / 5 + right["logic"] / 5 + right["cooking"] / 2) / 3
@@ -203,6 +206,12 @@ def test_settings_have_folders_of_their_own_and_are_compared(call, fail, tmp_pat
 
 def test_results_of_another_checkpoint_are_kept(call, fail, tmp_path, tokenizer_dir):
     call()
+    adapter = get_peft_model(make_model(max_seq_len=256), LoraConfig(r=2, target_modules="all-linear"))
+    adapter.save_pretrained(tmp_path / "music")
+    call("--lora", tmp_path / "music")
+    summary = json.loads((tmp_path / "results" / "full_sft_32_music" / "summary.json").read_text())
+    assert summary["lora"] == str(tmp_path / "music")
+    assert "full_sft_32.pth:" in fail("--lora", tmp_path / "music", "--name", "full_sft_32")
     other = tmp_path / "elsewhere" / "full_sft_32.pth"
     save_weights(other, make_model(1), tokenizer_dir)
     before = (tmp_path / "results" / "full_sft_32" / "law.csv").read_bytes()

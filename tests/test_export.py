@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_script, make_model
+from peft import LoraConfig, get_peft_model
 from test_model import random_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer, Ernie4_5_MoeForCausalLM, LlamaForCausalLM, pipeline
 
@@ -188,15 +189,18 @@ def test_the_card_tells_what_was_measured(saved, tmp_path):
     weights = json.loads(path.with_suffix(".json").read_text())["sha256"]
     for correct, sha256 in ((12, weights), (13, "0")):
         total = {"correct": correct, "questions": 40, "accuracy": correct / 40, "interval_95": [0.2, 0.5]}
-        summary = {"weights_sha256": sha256, "data_dir": "x/ceval", "shots": 5, "prompt_style": "chat", "total": total}
+        summary = {"weights_sha256": sha256, "lora": "", "data_dir": "x/ceval", "shots": 5, "prompt_style": "chat"}
+        summary["total"] = total
         (tmp_path / str(correct)).mkdir()
         (tmp_path / str(correct) / "summary.json").write_text(json.dumps(summary))
-    card = model_card("full_sft_32", "llama", ours, path, tmp_path)
+    card = model_card("full_sft_32", "llama", ours, path, "", tmp_path)
     parameters = f"{sum(p.numel() for p in ours.parameters()):,}"
     for figure in (parameters, "1.2500 nats", "0.7500 比特/字节", "3 步，99 个词元", "12/40 = 30.00 %", "20.0 – 50.0"):
         assert figure in card
     assert "13/40" not in card and "9.0" not in card and "trust_remote_code" not in card
-    assert "trust_remote_code" in model_card("full_sft_32", "transformers", ours, path, tmp_path)
+    assert "trust_remote_code" in model_card("full_sft_32", "transformers", ours, path, "", tmp_path)
+    adapted = model_card("full_sft_32", "llama", ours, path, "lora/music", tmp_path)
+    assert "music" in adapted and "12/40" not in adapted and "nats" not in adapted
 
 
 # GGUF. transformers reads dense ones with code of its own.
@@ -373,10 +377,15 @@ def test_llama2c_computes_the_same(tmp_path):
     np.testing.assert_allclose(found, ours(ids).logits[0].detach().numpy(), rtol=1e-4, atol=1e-4)
 
 
-def test_a_llama2c_file_goes_through_the_script(call, saved):
+def test_a_llama2c_file_with_an_adapter_goes_through_the_script(call, saved, tmp_path):
     ours, path = saved()
-    call("--format", "llama2c", "--checkpoint", path)
-    assert same_weights(model.export.read_llama2c(Path("export/full_sft_32-llama2c/full_sft_32.bin")), ours)
+    adapted = get_peft_model(ours, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "music")
+    call("--format", "llama2c", "--checkpoint", path, "--lora", tmp_path / "music")
+    found = model.export.read_llama2c(Path("export/full_sft_32-music-llama2c/full_sft_32-music.bin"))
+    assert_same_logits(found, adapted)
+    with adapted.disable_adapter(), pytest.raises(AssertionError):
+        assert_same_logits(found, adapted)
 
 
 # What cannot be done is said in one line, and leaves nothing.
