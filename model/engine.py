@@ -12,6 +12,7 @@ decoded together, one token each a step; new ones join and finished or cancelled
 
 import logging
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -280,6 +281,8 @@ def load_engine(
         f"{path}{which}: {model.num_parameters():,} parameters, context {engine.context} tokens, on {device}",
         flush=True,
     )
+    if options.quantize == "int8":
+        quantize_to_int8(model)
     return engine
 
 
@@ -293,6 +296,24 @@ def with_adapter(model: Transformer, folder: str) -> Transformer:
         return PeftModel.from_pretrained(model, folder).merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"the adapter in {folder} does not fit the checkpoint: {str(error)[:200]}") from error
+
+
+def quantize_to_int8(model: Transformer) -> None:
+    """The blocks' matrices become 8-bit numbers with a scale a matrix; inputs are rounded as they come. In place.
+
+    The embedding, which is the output head too, and a mixture's router stay as they are. Raises UserError on a GPU.
+    """
+    if model.device.type != "cpu":
+        raise UserError(f"--quantize int8 works on a CPU only, not on {model.device.type}: leave it out")
+    quantization = torch.ao.quantization
+    matrices = {
+        name: quantization.default_dynamic_qconfig
+        for name, module in model.layers.named_modules()
+        if type(module) is torch.nn.Linear and not name.endswith(".gate")
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # announcements of another package that is to take this function over
+        quantization.quantize_dynamic(model.layers, matrices, inplace=True)
 
 
 def sampling_of(options: InferenceOptions) -> Sampling:

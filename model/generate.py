@@ -57,9 +57,9 @@ class Sampling:
             "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < inf, "above 0"),
-            "presence_penalty": (-inf < self.presence_penalty < inf, "a finite number"),
-            "frequency_penalty": (-inf < self.frequency_penalty < inf, "a finite number"),
+            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100"),
+            "presence_penalty": (-100 <= self.presence_penalty <= 100, "between -100 and 100"),
+            "frequency_penalty": (-100 <= self.frequency_penalty <= 100, "between -100 and 100"),
             "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
             "seed": (self.seed is None or 0 <= self.seed < 2**63, "between 0 and 2**63 - 1"),
         }

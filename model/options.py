@@ -56,6 +56,7 @@ class InferenceOptions:
     tokenizer: str = ""  # folder of the tokenizer; empty: the one that comes with the checkpoint
     lora: str = ""  # folder of an adapter (LoRA) for the checkpoint
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
+    quantize: Literal["none", "int8"] = "none"  # int8: whole numbers for the weights; a CPU is faster with them
     rope_scaling: float | None = None  # stretch the context by this factor (linear interpolation of positions)
     temperature: float = 0.7  # below 1: more predictable, above: more varied; 0: always the most probable token
     top_k: int = 50  # choose among the k most probable tokens; 0: all

@@ -87,7 +87,7 @@ class Generating(Lenient):
     user: Any = None
     top_k: Annotated[int, Field(ge=-1)] | None = None  # 0 or -1: all tokens
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
 
     @property
     def stop_strings(self) -> list[str]:

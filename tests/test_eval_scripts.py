@@ -102,6 +102,21 @@ def test_documents_are_scored(call, tmp_path, packed):
     assert shorter != last
 
 
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_int8_costs_little(call, tmp_path, tokenizer_dir, use_moe):
+    save_weights(tmp_path / "pretrain.pth", make_model(use_moe=use_moe), tokenizer_dir)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS)
+    (tmp_path / "val.jsonl").write_text(lines)
+
+    def bits(*flags: str) -> float:
+        flags = ("--checkpoint", tmp_path / "pretrain.pth", "--data_path", tmp_path / "val.jsonl", *flags)
+        return float(call("0-eval_pretrain.py", *flags).rsplit(maxsplit=1)[1])
+
+    exact, rounded = bits(), bits("--quantize", "int8")
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.03)
+
+
 def test_questions_and_answers_go_to_a_file(call, out, tmp_path):
     file = tmp_path / "answers.json"
     flags = ["--prompt", "你好", "Hello 😀", "--seed", 1, "--max_new_tokens", 5, "--output", file]
