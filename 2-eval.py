@@ -4,6 +4,7 @@
     python 2-eval.py --prompt 你是谁？ 天空为什么是蓝色的？            # single questions
     python 2-eval.py --auto --output answers.json                      # the 24 built-in questions
     python 2-eval.py --checkpoint out/multi_chat/full_sft_512.pth --history 5 --system 你是一位诗人。
+    python 2-eval.py --lora out/lora/identity_512 --lora_scale 0.8     # with an adapter, or some of it
     python 2-eval.py < questions.txt                                   # a question a line
 
 In the chat, Ctrl-C stops an answer, /clear forgets the conversation, /exit or Ctrl-D leaves.

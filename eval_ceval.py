@@ -76,9 +76,9 @@ def main(args: Args) -> None:
 
 
 def load(args: Args) -> tuple[Any, Any, Path]:
+    from model.adapters import with_adapter
     from model.checkpoint import load_model, newest_checkpoint
     from model.distributed import pick_device
-    from model.engine import with_adapter
 
     device = pick_device(args.device)
     if args.rope_scaling is not None and not 0 < args.rope_scaling < float("inf"):

@@ -44,8 +44,8 @@ class Args:
 
 
 def main(args: Args) -> None:
-    if args.push_to_hub and args.format not in ("transformers", "llama"):
-        raise UserError("--push_to_hub uploads transformers folders: choose --format transformers or llama")
+    if args.push_to_hub:
+        check_upload(args.format)
     source, model, tokenizer = load(args)
     suffix = f"-{args.gguf_type}" if args.format == "gguf" else ""
     output = Path(args.output or f"export/{name_of(args, source)}-{args.format}{suffix}")
@@ -76,8 +76,8 @@ def name_of(args: Args, source: Path) -> str:
 
 def load(args: Args) -> tuple[Path, "Transformer", Any]:
     """The checkpoint's path, its model and its tokenizer."""
+    from model.adapters import with_adapter
     from model.checkpoint import has_tokenizer, load_model, newest_checkpoint
-    from model.engine import with_adapter
     from model.export import foreign_type, from_llama
     from model.tokenizer import SHIPPED, load_tokenizer
 
@@ -154,20 +154,29 @@ WRITERS: dict[str, Callable[..., None]] = {
 }
 
 
-def push(folder: Path, repository: str) -> None:
-    """Raises UserError without a token, or without a network."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+def check_upload(kind: str) -> None:
+    """Before any work is done."""
+    from huggingface_hub import get_token
 
-    kept = f"{folder} is made, but not uploaded to {repository}"
+    if kind not in ("transformers", "llama"):
+        raise UserError("--push_to_hub uploads transformers folders: choose --format transformers or llama")
+    if get_token() is None:
+        raise UserError("--push_to_hub needs a token: log in with `hf auth login`, or set HF_TOKEN")
+
+
+def push(folder: Path, repository: str) -> None:
+    """Raises UserError where the hub cannot be reached or refuses."""
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+
     try:
         api = HfApi()
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
-    except LocalTokenNotFoundError as error:
-        raise UserError(f"{kept}: log in first, with `hf auth login` or HF_TOKEN") from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(f"{kept}: {str(error).splitlines()[0]}") from error
+    except (HTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder} is made, but not uploaded to {repository}: {reason}") from error
     print(f"uploaded to https://huggingface.co/{repository}")
 
 

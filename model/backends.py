@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checkpoint import write_tensors
 from .cli import UserError
@@ -83,13 +83,13 @@ class TorchBackend:
         return {"engine": "torch", "optimizer": self.optimizer}
 
     def weights(self) -> dict[str, Tensor]:
-        return self.raw_model.state_dict()
+        return trained_state(self.raw_model)
 
     def save(self, folder: Path) -> None:
         """Every process calls it; as all of them hold the same, one writes."""
         if self.run.is_main:
             content = {
-                "model": self.raw_model.state_dict(),
+                "model": trained_state(self.raw_model),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "scaler": self.scaler.state_dict(),
             }
@@ -100,7 +100,7 @@ class TorchBackend:
         read = partial(torch.load, folder / "model.pt", map_location="cpu", weights_only=True)
         content = self.run.from_main(read)
         try:
-            self.raw_model.load_state_dict(content["model"])
+            load_trained_state(self.raw_model, content["model"])
             for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
             self.scaler.load_state_dict(content["scaler"])
@@ -108,3 +108,19 @@ class TorchBackend:
             raise UserError(
                 f"{folder} does not fit this model and optimizer: start anew with --resume never"
             ) from error
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors without frozen ones: all of them, or of a model with an adapter the adapter's."""
+    frozen = frozen_names(model)
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+
+def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Raises RuntimeError where `state` is not exactly what trained_state gives of such a model."""
+    frozen = frozen_names(model)
+    model.load_state_dict({name: value for name, value in model.state_dict().items() if name in frozen} | state)
+
+
+def frozen_names(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}

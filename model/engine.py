@@ -274,7 +274,9 @@ def load_engine(
     path = Path(options.checkpoint) if options.checkpoint else newest_checkpoint(options.out_dir, stages)
     model, tokenizer = load_model(path, device, options.tokenizer or None, rope_scaling=options.rope_scaling)
     if options.lora:
-        model = with_adapter(model, options.lora)
+        from .adapters import with_adapter  # late: peft takes a second to import
+
+        model = with_adapter(model, options.lora, options.lora_scale)
     engine = Engine(model, tokenizer, path, max_batch, max_queue)
     which = "" if options.checkpoint else f", the newest in {options.out_dir}"
     print(
@@ -284,18 +286,6 @@ def load_engine(
     if options.quantize == "int8":
         quantize_to_int8(model)
     return engine
-
-
-def with_adapter(model: Transformer, folder: str) -> Transformer:
-    """The model with a LoRA adapter merged into its weights. Raises UserError for one that does not fit."""
-    from peft import PeftModel
-
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise UserError(f"no adapter in {folder}: there is no adapter_config.json")
-    try:
-        return PeftModel.from_pretrained(model, folder).merge_and_unload()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"the adapter in {folder} does not fit the checkpoint: {str(error)[:200]}") from error
 
 
 def quantize_to_int8(model: Transformer) -> None:

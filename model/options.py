@@ -55,6 +55,7 @@ class InferenceOptions:
     out_dir: str = "out"  # where to look for the newest checkpoint
     tokenizer: str = ""  # folder of the tokenizer; empty: the one that comes with the checkpoint
     lora: str = ""  # folder of an adapter (LoRA) for the checkpoint
+    lora_scale: float = 1.0  # how much of the adapter: 0 is the checkpoint alone, 1 what was trained
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     quantize: Literal["none", "int8"] = "none"  # int8: whole numbers for the weights; a CPU is faster with them
     rope_scaling: float | None = None  # stretch the context by this factor (linear interpolation of positions)

@@ -27,7 +27,7 @@ from .training_state import TrainingState, newest_state, states_folder
 FREE_OPTIONS = {
     *("data_path", "val_path", "tokenizer", "init_from", "model", "out_dir", "stage", "batch_size"),
     *("accumulation_steps", "epochs", "max_steps", "device", "compile", "num_workers", "deepspeed"),
-    *("log_interval", "save_interval", "val_interval", "resume", "accept_changes"),
+    *("log_interval", "save_interval", "val_interval", "resume", "accept_changes", "lora_name", "merge"),
 }
 FORM_OF_STATE = ("engine", "processes")  # facts without which a state cannot even be read
 

@@ -55,6 +55,7 @@ class Trainer:
         tokenizer: copied beside the weights.
         weights: the `.pth` to write; metrics, curve, description and training states lie beside it.
         validate: gives figures of held-out data ("val_loss", ...); called on every process.
+        save: what writes the weights; a stage that trains an adapter has its own.
     """
 
     def __init__(
@@ -66,9 +67,10 @@ class Trainer:
         run: Run,
         weights: Path,
         validate: Callable[[], dict[str, float]] | None = None,
+        save: Callable[..., None] = save_weights,
     ):
         self.raw_model, self.data, self.args, self.run = model.train(), data, args, run
-        self.weights, self.tokenizer, self.validate = weights, tokenizer, validate
+        self.weights, self.tokenizer, self.validate, self.save_weights = weights, tokenizer, validate, save
         self.dtype = pick_dtype(args.dtype, run.device)
         self.parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)  # ZeRO-3 hides them
         self.backend = build_backend(model, args, run, self.dtype)
@@ -253,7 +255,7 @@ class Trainer:
     def write_weights(self, weights: dict[str, Tensor]) -> None:
         if self.run.is_main:
             facts = dict(stage=str(self.weights.relative_to(self.args.out_dir).with_suffix("")), **asdict(self.place))
-            save_weights(self.weights, self.raw_model, self.tokenizer.name_or_path, weights, **facts)
+            self.save_weights(self.weights, self.raw_model, self.tokenizer.name_or_path, weights, **facts)
             draw_curve(self.metrics.path, self.weights.with_suffix(".png"))
 
     def open_state(self) -> None:
