@@ -166,16 +166,15 @@ def check_upload(kind: str) -> None:
 
 def push(folder: Path, repository: str) -> None:
     """Raises UserError where the hub cannot be reached or refuses."""
-    from httpx2 import HTTPError
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     try:
         api = HfApi()
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
     except (HTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{folder} is made, but not uploaded to {repository}: {reason}") from error
     print(f"uploaded to https://huggingface.co/{repository}")
 

@@ -1,9 +1,11 @@
 """export_model.py: other programs must compute what the source computes, from nothing but the export."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import gguf
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -422,21 +424,23 @@ def test_a_damaged_folder_is_refused(fail, tmp_path, tokenizer, damage):
 # Uploading.
 
 
-@pytest.mark.parametrize("error", ["LocalTokenNotFoundError", "OfflineModeIsEnabled"])
-def test_no_token_or_no_network_is_said_and_the_folder_stays(monkeypatch, tmp_path, error):
-    import huggingface_hub
+def test_without_a_token_nothing_is_begun(fail, saved, monkeypatch):
+    _, path = saved()
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert "hf auth login" in fail("--checkpoint", path, "--push_to_hub", "me/it")
+    assert not Path("export").exists()
 
-    def create_repo(*args, **kwargs):
-        raise getattr(huggingface_hub.errors, error)("not to be reached")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
-    with pytest.raises(UserError, match="is made, but not uploaded to me/it: (log in|not to be reached)"):
-        SCRIPT.push(tmp_path, "me/it")
+@pytest.mark.parametrize(("repository", "reason"), [("me/it", "refused"), ("me/it/too", "Repo id")])
+def test_a_hub_that_cannot_be_reached_is_said_and_the_folder_stays(tmp_path, repository, reason, monkeypatch):
+    """No server listens at this port."""
+    api = partial(huggingface_hub.HfApi, endpoint="http://127.0.0.1:9", token="hf_none")
+    monkeypatch.setattr(huggingface_hub, "HfApi", api)
+    with pytest.raises(UserError, match=f"is made, but not uploaded to {repository}: .*{reason}"):
+        SCRIPT.push(tmp_path, repository)
 
 
 def test_the_folder_is_uploaded(monkeypatch, tmp_path, capsys):
-    import huggingface_hub
-
     calls = {}
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda _, repo, **kwargs: calls.update(created=repo))
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda _, **kwargs: calls.update(kwargs))
