@@ -8,6 +8,7 @@ from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -107,6 +108,7 @@ def launch(device: str = "auto") -> Iterator[Run]:
             # They hold the process group, too. Were they freed later, its end would come while Python's lock is held,
             # and wait for a thread of its own that waits for this lock (pytorch issue 56297).
             del model.logger, model.reducer
+            model.process_group = None
         if dist.is_initialized():
             dist.destroy_process_group()
 
