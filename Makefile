@@ -1,8 +1,9 @@
-# make test: everything a change must pass, from a fresh clone on. make lint: the quick part of it.
+# make test: everything a change must pass, from a fresh clone on. make lint: the quick part of it. make test-all: also
+# what takes long, such as killing runs a hundred times.
 PYTHON ?= python3
 VENV = .venv/bin
 
-.PHONY: test lint unit
+.PHONY: test test-all lint unit
 
 test: lint unit
 
@@ -18,3 +19,6 @@ lint: .venv/installed
 
 unit: .venv/installed
 	$(VENV)/python -m pytest -n 2 --timeout 180
+
+test-all: lint
+	$(VENV)/python -m pytest -n 2 --timeout 900 -m "slow or not slow"
