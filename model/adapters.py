@@ -147,8 +147,10 @@ def with_adapter(model: Transformer, folder: str | Path, scale: float = 1.0) -> 
 
 
 @torch.no_grad()
-def merge(checkpoint: str | Path, folder: str | Path, output: Path, scale: float = 1.0, tokenizer: str = "") -> None:
-    """Writes a `.pth` of a checkpoint with an adapter in its weights.
+def merge(
+    checkpoint: str | Path, folder: str | Path, output: Path, scale: float = 1.0, tokenizer: str = "", **facts: Any
+) -> None:
+    """Writes a `.pth` of a checkpoint with an adapter in its weights; `facts` go into its `.json`.
 
     Raises:
         UserError: they do not belong together, or the adapter is in these weights already.
@@ -160,5 +162,5 @@ def merge(checkpoint: str | Path, folder: str | Path, output: Path, scale: float
         raise UserError(f"{checkpoint} has the adapter in {folder} in its weights already")
     model, loaded = load_model(checkpoint, tokenizer=tokenizer or None)
     merged = with_adapter(model, folder, scale)
-    facts = dict(stage=f"{output.stem}, merged", adapter_sha256=adapter, adapter_scale=scale)
+    facts = {"stage": f"{output.stem}, merged", "adapter_sha256": adapter, "adapter_scale": scale} | facts
     save_weights(output, merged, loaded.name_or_path, **facts)

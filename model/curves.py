@@ -30,3 +30,37 @@ def draw_curve(metrics: Path, picture: Path) -> None:
     figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
     os.replace(temporary, picture)
+
+
+def draw_preference_curves(metrics: Path, picture: Path) -> None:
+    """Loss, accuracy, margin and log-probabilities over the steps; held-out pairs as dots."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    train = [line for line in lines if "loss" in line]
+    val = [line for line in lines if "val_loss" in line]
+    panels = [
+        ("loss", [("loss", "val_loss", "tab:blue")]),
+        ("pairs rated rightly", [("accuracy", "accuracy", "tab:blue")]),
+        ("margin of rewards", [("margin", "margin", "tab:blue")]),
+        (
+            "log-probability, nats",
+            [("logp_chosen", "logp_chosen", "tab:green"), ("logp_rejected", "logp_rejected", "tab:red")],
+        ),
+    ]
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
+    for axis, (title, series) in zip(axes, panels, strict=True):
+        for name, val_name, color in series:
+            label = name.removeprefix("logp_") if len(series) > 1 else "training"
+            axis.plot([line["step"] for line in train], [line[name] for line in train], lw=1, color=color, label=label)
+            axis.plot([line["step"] for line in val], [line[val_name] for line in val], "o", color=color)
+        axis.set(xlabel="step", title=title)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    temporary = picture.with_name(f".{picture.name}.tmp")
+    figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+    os.replace(temporary, picture)
