@@ -10,6 +10,7 @@ from .optim import ADAM_BETAS
 from .options import TrainingOptions
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+SECTIONS = ("optimizer", "bf16", "fp16")
 
 
 def read_config(args: TrainingOptions, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -54,6 +55,9 @@ def read_file(path: str) -> dict[str, Any]:
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
     if not isinstance(zero, dict) or zero.get("stage") not in STAGES.values():
         raise UserError(f"--deepspeed {path} must have zero_optimization with a stage of 1, 2 or 3")
+    for name in SECTIONS:
+        if not isinstance(config.get(name, {}), dict):
+            raise UserError(f"--deepspeed {path}: {name} must be a section {{...}}")
     return config
 
 
