@@ -19,6 +19,7 @@ import signal
 import socket
 import threading
 from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from model.cli import UserError, run
@@ -68,8 +69,9 @@ def main(args: Args) -> None:
     service = Service(sampling_of(args), embedder(args.embedding_model))
     key = args.api_key or os.environ.get("MINIMIND_API_KEY", "")
     app = create_app(service, key, int(args.max_body_mb * 2**20), args.cors_origins)
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=args.grace)
+    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=args.grace + 5)
     server = uvicorn.Server(config)
+    end_answers_after(args.grace, server, service)
     errors: list[UserError] = []
     loader = threading.Thread(target=load, args=(args, service, server, listener, errors), daemon=True)
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -86,6 +88,19 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot listen on {host} port {port} ({error}): choose another --port") from error
+
+
+def end_answers_after(grace: int, server: "uvicorn.Server", service: "Service") -> None:
+    """Those that still run so many seconds after a signal end with an error that says why."""
+    handle_exit = server.handle_exit
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        handle_exit(signum, frame)
+        timer = threading.Timer(grace, service.close)
+        timer.daemon = True
+        timer.start()
+
+    server.handle_exit = handle
 
 
 def load(

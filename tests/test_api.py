@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -544,6 +545,23 @@ def test_running_answers_end_before_the_server_does(checkpoint):
         rf"POST {CHAT} 200 prompt=\d+ completion=400 first=[\d.]+s [\d.]+tokens/s length [\d.]+s$", log, re.M
     )
     assert "secret words" not in log and "Traceback" not in log
+
+
+def test_answers_that_outlast_the_grace_end_with_an_error(checkpoint):
+    server = Server("--checkpoint", checkpoint, "--grace", 0).wait()
+    body = {"messages": HELLO, **ENDLESS}
+    with ThreadPoolExecutor(2) as pool:
+        stream = pool.submit(server.request, "POST", CHAT, body | {"stream": True})
+        whole = pool.submit(server.request, "POST", CHAT, body)
+        while server.gauge("running") < 2:
+            time.sleep(0.005)
+        server.process.send_signal(signal.SIGTERM)
+    log = server.process.communicate(timeout=60)[1]
+    assert (server.process.returncode, "Traceback" in log) == (0, False)
+    status, _, answer = whole.result()
+    assert (status, json.loads(answer)["error"]["message"]) == (503, "the server is shutting down")
+    status, _, events = stream.result()
+    assert (status, json.loads(events.split(b"data: ")[-1])["error"]["type"]) == (200, "server_error")
 
 
 def test_while_the_model_is_loaded():
