@@ -196,11 +196,11 @@ def compare(args: Args) -> None:
         if questions != asked[0]:
             raise UserError(f"{folder} and {args.compare[0]} were not measured on the same questions")
     table = comparison(summaries)
-    print(table)
     folder = Path(args.result_dir)
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "comparison.md", table)
     draw(summaries, folder / "comparison.png")
+    print(table)
     print(f"{folder}/: comparison.md, comparison.png")
 
 
