@@ -131,13 +131,13 @@ def write_llama2c_folder(args: Args, folder: Path, source: Path, model: "Transfo
 
 
 def write_pth(args: Args, _: Path, source: Path, model: "Transformer", tokenizer: Any) -> None:
-    """A folder is read in a fresh process as its own program reads it; a .pth is checked whenever it is loaded."""
+    """A Llama folder is read by transformers' own Llama, too; code that lies in a folder of ours is never run."""
     from model.checkpoint import save_weights
     from model.export import foreign_type
     from model.export_check import check_export
 
-    if source.is_dir() and not args.lora:
-        told(check_export("llama" if foreign_type(source) else "transformers", source, model, tokenizer))
+    if source.is_dir() and foreign_type(source) and not args.lora:
+        told(check_export("llama", source, model, tokenizer))
     save_weights(Path(args.output), model, tokenizer.name_or_path, stage=Path(args.output).stem)
 
 

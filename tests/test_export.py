@@ -18,7 +18,7 @@ import model.export
 from model.chat import encode
 from model.checkpoint import load_model, save_weights
 from model.cli import UserError, run
-from model.export import from_llama, write_llama2c, write_llama_folder
+from model.export import from_llama, write_llama2c, write_llama_folder, write_transformers_folder
 from model.export_check import TEXTS, check_tokenizer
 from model.gguf_file import modelfile, read_gguf, sentencepiece_vocabulary, write_gguf
 from model.model_card import model_card
@@ -173,6 +173,14 @@ def test_published_weights_become_a_llama_folder_and_come_back(call, tmp_path, t
     assert same_weights(back, ours)
     assert tokenizer(TEXT).input_ids == load_tokenizer(tokenizer_dir)(TEXT).input_ids
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == ["again.json", "again.pth", "tokenizer"]
+
+
+def test_a_folder_of_ours_comes_back_and_its_code_is_not_run(call, tmp_path, tokenizer):
+    ours = make_model(use_moe=True)
+    write_transformers_folder(tmp_path / "folder", ours, tokenizer)
+    (tmp_path / "folder" / "model.py").write_text("raise SystemExit(5)")
+    call("--format", "pth", "--checkpoint", "folder", "--output", "again.pth")
+    assert same_weights(load_model(tmp_path / "again.pth")[0], ours)
 
 
 def test_an_export_that_computes_something_else_gets_no_name(fail, saved, monkeypatch, tmp_path):
