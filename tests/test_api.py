@@ -15,17 +15,19 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import openai
 import pytest
-from conftest import ROOT, make_model
+from conftest import ROOT, load_script, make_model
 from openai.types import Completion, CreateEmbeddingResponse, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from streamlit.testing.v1 import AppTest
 
 from model.chat import encode
 from model.checkpoint import save_weights
+from model.cli import parse
 from model.generate import Sampling
 from model.server import Service, create_app
 from model.server_schema import ChatRequest
@@ -547,6 +549,7 @@ def test_running_answers_end_before_the_server_does(checkpoint):
     assert "secret words" not in log and "Traceback" not in log
 
 
+@pytest.mark.slow
 def test_answers_that_outlast_the_grace_end_with_an_error(checkpoint):
     server = Server("--checkpoint", checkpoint, "--grace", 0).wait()
     body = {"messages": HELLO, **ENDLESS}
@@ -588,7 +591,6 @@ def test_while_the_model_is_loaded():
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--checkpoint", "nowhere.pth"], "no checkpoint at nowhere.pth"),
         (["--port", "99999"], "cannot listen"),
         (["--max_batch", "0"], "max_batch"),
     ],
@@ -598,6 +600,25 @@ def test_a_mistake_ends_with_one_line(flags, reason):
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: ") and reason in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--checkpoint", "nowhere.pth"], "no checkpoint at nowhere.pth"),
+        (["--also", "twice"], "NAME=PATH"),
+        (["--also", "minimind=x.pth"], "a name of its own"),
+        (["--also", "other=nowhere.pth"], "no checkpoint at nowhere.pth"),
+        (["--lora", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_ends_the_server(checkpoint, flags, reason):
+    script = load_script("my_openai_api.py")
+    args = parse(script.Args, ["--checkpoint", str(checkpoint), *flags])
+    server, service, errors = SimpleNamespace(should_exit=False), Service(Sampling()), []
+    script.load(args, service, server, None, errors)
+    assert server.should_exit and not service.engines
+    assert reason in str(errors[0])
 
 
 # The web page and the terminal client.
