@@ -1,5 +1,6 @@
 """Draws a run's metrics.jsonl as a picture."""
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -7,15 +8,13 @@ from pathlib import Path
 
 def draw_curve(metrics: Path, picture: Path) -> None:
     """Loss (left) and learning rate (right) over the steps, validation as dots."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot: it keeps figures alive, and opens windows
 
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     train = [line for line in lines if "loss" in line]
     val = [line for line in lines if "val_loss" in line]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(3, 1.4), layout="constrained")
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1.4))
     left.plot([line["step"] for line in train], [line["loss"] for line in train], lw=1, label="training loss")
     if val:
         left.plot([line["step"] for line in val], [line["val_loss"] for line in val], "o-", label="validation loss")
@@ -28,16 +27,14 @@ def draw_curve(metrics: Path, picture: Path) -> None:
     right.set(xlabel="step", ylabel="learning rate", ylim=0)
     temporary = picture.with_name(f".{picture.name}.tmp")
     figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
+    del figure, left, right
+    gc.collect()  # a figure is full of circular references: without this each save of a long run costs a megabyte
     os.replace(temporary, picture)
 
 
 def draw_preference_curves(metrics: Path, picture: Path) -> None:
     """Loss, accuracy, margin and log-probabilities over the steps; held-out pairs as dots."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot: it keeps figures alive, and opens windows
 
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     train = [line for line in lines if "loss" in line]
@@ -51,8 +48,8 @@ def draw_preference_curves(metrics: Path, picture: Path) -> None:
             [("logp_chosen", "logp_chosen", "tab:green"), ("logp_rejected", "logp_rejected", "tab:red")],
         ),
     ]
-    figure, axes = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
-    for axis, (title, series) in zip(axes, panels, strict=True):
+    figure = Figure(figsize=(14, 3.2), layout="constrained")
+    for axis, (title, series) in zip(figure.subplots(1, 4), panels, strict=True):
         for name, val_name, color in series:
             label = name.removeprefix("logp_") if len(series) > 1 else "training"
             axis.plot([line["step"] for line in train], [line[name] for line in train], lw=1, color=color, label=label)
@@ -62,5 +59,6 @@ def draw_preference_curves(metrics: Path, picture: Path) -> None:
         axis.legend()
     temporary = picture.with_name(f".{picture.name}.tmp")
     figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
+    del figure, axis
+    gc.collect()  # as above
     os.replace(temporary, picture)

@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, short of disk or fed with bad numbers: how they end and go on. Real signals."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -402,3 +403,28 @@ def test_another_number_of_processes_goes_on(before, after, data, tokenizer_dir,
     shutil.rmtree(tmp_path / "out" / "pretrain_32.state" / "step_00000020")  # as if killed between
     changed = go(after, tmp_path / "out")
     assert len(changed) == 20 and changed == pytest.approx(whole, abs=1e-4)
+
+
+def anonymous_memory(pid: int) -> int:
+    """kB: the mapped token file does not count."""
+    return int(re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text()).group(1))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read where Linux tells it")
+def test_memory_does_not_grow_with_the_steps(data, tokenizer_dir, tmp_path):  # noqa: F811
+    more = ["--max_steps", 2000, "--batch_size", 2, "--save_interval", 100, "--val_path", data / "val.jsonl"]
+    flags = pretrain_flags(data, tokenizer_dir, tmp_path, *more, "--val_interval", 100)
+    process = start("1-pretrain.py", flags, tmp_path / "log")
+    lines, memory = tmp_path / "pretrain_32.metrics.jsonl", {}
+    while process.is_alive():
+        step = len(lines.read_bytes().splitlines()) if lines.exists() else 0
+        with contextlib.suppress(FileNotFoundError, AttributeError):  # it has just ended
+            memory[step] = anonymous_memory(process.pid)
+        time.sleep(0.05)
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "log").read_text()
+    early = np.median([kb for step, kb in memory.items() if 200 <= step < 300])
+    late = np.median([kb for step, kb in memory.items() if step >= 1900])
+    print(f"{early:,.0f} kB after 200 steps, {late:,.0f} kB after 2,000")
+    assert late < 1.02 * early
