@@ -70,6 +70,7 @@ class Engine:
         self.max_batch, self.max_queue = max_batch, max_queue
         self.context = int(model.config.max_seq_len * model.config.rope_factor)
         self.characters_per_token = max(map(len, tokenizer.get_vocab()))  # at most
+        encode_texts(tokenizer, ["\n"])  # the first call changes its settings, which threads must not do at a time
         self.changed = threading.Condition()  # guards what follows
         self.waiting: deque[Answer] = deque()
         self.jobs: deque[tuple[Future, Callable[[], Any]]] = deque()

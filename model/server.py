@@ -98,7 +98,7 @@ def add_errors(app: FastAPI) -> None:
         app.add_exception_handler(error_class, handler)
 
     answer(ApiError, lambda error: error)
-    answer(TooLong, lambda error: ApiError(400, str(error), param="messages", code="context_length_exceeded"))
+    answer(TooLong, lambda error: ApiError(400, str(error), code="context_length_exceeded"))
     answer(UserError, lambda error: ApiError(400, str(error)))
     answer(RequestValidationError, validation_error)
     answer(HTTPException, lambda error: ApiError(error.status_code, str(error.detail), headers=error.headers))

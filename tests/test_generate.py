@@ -157,16 +157,16 @@ def test_caller_is_not_left_in_inference_mode():
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("use_moe", [False, True])
-def test_each_of_a_batch_gets_what_transformers_gives_it_alone(use_moe, monkeypatch):
-    """17 prompts and answers of many lengths through a batch of 5, prompts read 8 tokens at a time."""
+@pytest.mark.parametrize(("use_moe", "size"), [(False, 17), (False, 5), (True, 5)])
+def test_each_of_a_batch_gets_what_transformers_gives_it_alone(use_moe, size, monkeypatch):
+    """17 prompts and answers of many lengths, all at once or 5 at a time; prompts are read 8 tokens at a time."""
     monkeypatch.setattr(model.generate, "PROMPT_TOKENS_PER_STEP", 8)
     network = make_model(use_moe=use_moe)
     lengths = [(1 + 7 * i % 40, 3 + 5 * i % 21) for i in range(17)]
     prompts = [[(11 * i + j * j) % 300 for j in range(prompt)] for i, (prompt, _) in enumerate(lengths)]
     wanted = [Sampling(**GREEDY, repetition_penalty=1.1, max_new_tokens=new) for _, new in lengths]
     for prompt, new, ours in zip(
-        prompts, lengths, generate_all(network, list(zip(prompts, wanted, strict=True)), size=5), strict=True
+        prompts, lengths, generate_all(network, list(zip(prompts, wanted, strict=True)), size), strict=True
     ):
         assert ours == reference(network, prompt, max_new_tokens=new[1], repetition_penalty=1.1)
 
