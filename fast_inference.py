@@ -234,13 +234,17 @@ def engine_source(
     args: Args, settings: Settings, words: dict[str, str]
 ) -> Callable[[list["Message"], dict[str, str]], Iterator[str]]:
     """Answers from a model in this process, which all visitors share."""
+    from model.engine import Busy, Closed
     from model.generate import Sampling
 
     path = settings.checkpoint
     engine = engine_of(path, Path(path).stat().st_mtime, settings.adapter, args.device)
 
     def ask(messages: list["Message"], reply: dict[str, str]) -> Iterator[str]:
-        made = engine.chat(messages, Sampling(**settings.sampling))
+        try:
+            made = engine.chat(messages, Sampling(**settings.sampling))
+        except (Busy, Closed) as error:
+            raise UserError(str(error)) from error
         try:
             yield from made
         finally:
