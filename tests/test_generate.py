@@ -475,13 +475,13 @@ def test_old_turns_of_megabytes_are_left_out(engine, said, tokenizer):
 
 @pytest.fixture
 def crowd(tokenizer):
-    """An engine for 4 answers at a time; its model never ends an answer itself: see the bias."""
-    network = make_model(vocab_size=len(tokenizer), max_seq_len=400)
+    """An engine for 4 answers at a time; answers end early only if the bias lets them."""
+    network = make_model(vocab_size=len(tokenizer), max_seq_len=50_000)
     with Engine(network, tokenizer, max_batch=4, max_queue=20) as engine:
         yield engine
 
 
-ENDLESS = dict(logit_bias={2: -1000.0}, max_new_tokens=300)
+ENDLESS = dict(logit_bias={2: -1000.0}, max_new_tokens=40_000)  # minutes
 
 
 def idle(engine: Engine) -> None:
@@ -528,7 +528,7 @@ def test_leaving_early_or_cancelling_makes_room(crowd):
     for answer in answers[4:]:
         answer.cancel()
     idle(crowd)
-    assert all(answer.finish_reason is None and answer.completion_tokens < 300 for answer in answers)
+    assert all(answer.finish_reason is None and answer.completion_tokens < 40_000 for answer in answers)
 
 
 def test_a_cancelled_coroutine_makes_room(crowd):
@@ -589,7 +589,7 @@ def test_closing_ends_answers_and_refuses_new_ones(crowd):
     pieces = iter(answers[0])
     next(pieces)
     crowd.close()
-    assert len(list(pieces)) < 299
+    assert len(list(pieces)) < 39_999
     assert answers[0].finish_reason is None
     assert list(answers[5]) == []
     with pytest.raises(Closed):
