@@ -89,12 +89,13 @@ class DeepSpeedBackend:
         return {"engine": f"zero{self.stage}", "processes": self.run.world_size, "optimizer": "adamw"}
 
     def weights(self) -> dict[str, Tensor]:
-        """In float32 and whole, on the main process; elsewhere nothing. Every process calls it."""
+        """What is trained, in float32 and whole, on the main process; elsewhere nothing. Every process calls it."""
         weights = {}
         for name, parameter in self.raw_model.named_parameters():
-            whole = safe_get_full_fp32_param(parameter)
-            if self.run.is_main:
-                weights[name] = whole.cpu()
+            if parameter.requires_grad:
+                whole = safe_get_full_fp32_param(parameter)
+                if self.run.is_main:
+                    weights[name] = whole.cpu()
         return weights
 
     def save(self, folder: Path) -> None:
