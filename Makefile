@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV = .venv/bin
 
-.PHONY: test test-all lint unit
+.PHONY: test test-all test-export lint unit
 
 test: lint unit
 
@@ -22,3 +22,8 @@ unit: .venv/installed
 
 test-all: lint
 	$(VENV)/python -m pytest -n 2 --timeout 900 -m "slow or not slow"
+
+# Exports against llama.cpp, which is built from source (some 12 minutes on 2 cores).
+test-export: .venv/installed
+	$(VENV)/pip install -q -r requirements-export.txt
+	$(VENV)/python tests/bench/llama_cpp_check.py

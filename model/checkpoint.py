@@ -114,9 +114,11 @@ def load_model(
     loaded = load_tokenizer(folder)
     if not tokenizer and tokenizer_hash(folder) != description.get("tokenizer_sha256", tokenizer_hash(folder)):
         raise UserError(f"{folder} is not the tokenizer {path} was trained with: name that one with --tokenizer DIR")
-    if len(loaded) > model.config.vocab_size:
+    # Nothing tells which tokenizer weights without one need; the shipped one at least has to be of their size.
+    guessed = not tokenizer and own_tokenizer == SHIPPED
+    if len(loaded) > model.config.vocab_size or (guessed and len(loaded) < model.config.vocab_size):
         raise UserError(
-            f"the tokenizer in {folder} has {len(loaded)} tokens, {path} only {model.config.vocab_size}: "
+            f"the tokenizer in {folder} has {len(loaded):,} tokens, {path} has {model.config.vocab_size:,}: "
             "name the right one with --tokenizer DIR"
         )
     return model.to(device).eval(), loaded
