@@ -107,7 +107,7 @@ class PreferenceTrainer(DPOTrainer):
         self.bad_in_a_row, self.tokens, self.random = 0, 0, []
         os.environ.setdefault(
             "DS_ACCELERATOR", run.device.type
-        )  # accelerate loads DeepSpeed, which else tells us its guess
+        )  # else accelerate has DeepSpeed guess aloud
         super().__init__(
             model=model.train(),
             ref_model=reference,

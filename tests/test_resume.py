@@ -31,7 +31,8 @@ INTERVAL = 5  # steps between saves
 POINTS = ["before", "middle", "fsync", "rename", "renamed"]
 # A server that has imported PyTorch once and forks: real processes without the seconds of its import.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["model.trainer", "model.evaluate", "model.adapters", "pandas", "matplotlib.pyplot"])
+MODULES = ["model.trainer", "model.evaluate", "model.preference_trainer", "pandas", "matplotlib.pyplot"]
+processes.set_forkserver_preload(MODULES)
 
 
 def kill_at(point: str, count: int) -> None:
