@@ -4,8 +4,12 @@
     python 1-pretrain.py                                           # one GPU, or the CPU
     python 1-pretrain.py --model tiny --max_seq_len 256            # small enough for a laptop
     torchrun --nproc_per_node 2 1-pretrain.py                      # two GPUs
+    deepspeed --num_gpus 2 1-pretrain.py --deepspeed zero2         # the same with DeepSpeed's ZeRO
 
-Writes out/pretrain_{dim}.pth, and beside it .json (what it is), .metrics.jsonl and .png (the curve).
+Stopped, by Ctrl-C or by a power cut, it goes on where it was when the same command is given again.
+
+Writes out/pretrain_{dim}.pth, and beside it .json (what it is), .metrics.jsonl, .png (the curve), and .state/, from
+which it goes on.
 """
 
 from dataclasses import dataclass

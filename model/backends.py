@@ -65,7 +65,8 @@ class TorchBackend:
             self.scaler.unscale_(optimizer)
             for group in optimizer.param_groups:
                 group["lr"] = self.args.learning_rate * factor * group["lr_scale"]
-        norm = float(torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), self.args.grad_clip))
+        most = self.args.grad_clip or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), most))
         well = finite and (math.isfinite(norm) or self.scaler.get_scale() > 1)
         for optimizer in self.optimizers:
             if finite and math.isfinite(norm):

@@ -25,7 +25,7 @@ class TrainingOptions:
     schedule: Literal["cosine", "wsd"] = "cosine"  # how it falls to a tenth; wsd: only over the last fifth
     optimizer: Literal["auto", "muon", "adamw"] = "auto"  # auto: Muon (matrices) and AdamW; AdamW with DeepSpeed
     weight_decay: float = 0.1  # pull of the matrices towards zero, times the learning rate
-    grad_clip: float = 1.0  # longest gradient, as a norm over all parameters
+    grad_clip: float = 1.0  # longest gradient, as a norm over all parameters; 0: any
     seed: int = 42  # of fresh weights, the order of the data, and dropout
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: the GPU's best half
