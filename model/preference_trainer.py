@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -47,35 +47,11 @@ NAMES = {  # of trl's figures, in our metrics
 }
 
 
-class Options(Protocol):
-    """What is asked of 5-dpo_train.py's options; told there."""
-
-    init_from: str
-    tokenizer: str
-    out_dir: str
-    epochs: int
-    max_steps: int
-    batch_size: int
-    accumulation_steps: int
-    learning_rate: float
-    warmup_steps: int
-    weight_decay: float
-    grad_clip: float
-    beta: float
-    loss_type: list[str]
-    precompute_reference: bool
-    seed: int
-    dtype: str
-    log_interval: int
-    save_interval: int
-    val_interval: int
-    num_workers: int
-
-
 class PreferenceTrainer(DPOTrainer):
     """Takes a model through pairs of answers, from where an earlier run with the same options was stopped.
 
     Args:
+        args: the options of 5-dpo_train.py.
         reference: what the model was, if it is to be asked at each step; None with an adapter, which can be taken off,
             and where its answers are computed beforehand.
         weights: the `.pth` to write; metrics, curve, description and training states lie beside it.
@@ -89,7 +65,7 @@ class PreferenceTrainer(DPOTrainer):
         reference: Transformer | None,
         tokenizer: PreTrainedTokenizerBase,
         data: PreferenceData,
-        args: Options,
+        args: Any,
         run: Run,
         weights: Path,
         adapter: LoraConfig | None = None,
@@ -104,10 +80,8 @@ class PreferenceTrainer(DPOTrainer):
         more = {"rows of a step": self.rows_each, "dtype": str(dtype), "engine": "trl"}
         self.facts = run.from_main(lambda: run_facts(args, model.config, data.path, tokenizer, **more))
         self.base_sha256 = base_hash(model) if adapter else ""
-        self.bad_in_a_row, self.tokens, self.random = 0, 0, []
-        os.environ.setdefault(
-            "DS_ACCELERATOR", run.device.type
-        )  # else accelerate has DeepSpeed guess aloud
+        self.bad_in_a_row, self.tokens, self.since, self.random = 0, 0, 0.0, []
+        os.environ.setdefault("DS_ACCELERATOR", run.device.type)  # else accelerate has DeepSpeed guess aloud
         super().__init__(
             model=model.train(),
             ref_model=reference,
@@ -143,6 +117,11 @@ class PreferenceTrainer(DPOTrainer):
         if self.validate and not state:
             self.log_validation()
         self.random = state.content["random"] if state else []
+        trained, processes = sum(p.numel() for p in self.model.parameters() if p.requires_grad), self.run.world_size
+        self.run.print(
+            f"{trained:,} trained parameters on {self.run.device}, {len(self.train_dataset):,} pairs, "
+            f"{self.total_steps} steps of {self.rows_each} pairs, {processes} process{'es' if processes > 1 else ''}"
+        )
         started = self.since = time.monotonic()
         self.bar = tqdm(
             total=self.total_steps, initial=first, unit="step", disable=not self.run.is_main, dynamic_ncols=True
@@ -177,11 +156,13 @@ class PreferenceTrainer(DPOTrainer):
         self.bar.update()
 
     def log_validation(self) -> None:
+        started = time.monotonic()
         found = self.validate(self.model)
         if self.run.is_main:
             self.metrics.write({"step": self.state.global_step, **found})
             words = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items())
             tqdm.write(f"step {self.state.global_step}: {words}")
+        self.since += time.monotonic() - started  # tokens/s are of training alone
 
     def note(self, logs: dict[str, float]) -> None:
         """What trl tells of the steps since it told last."""
@@ -210,8 +191,10 @@ class PreferenceTrainer(DPOTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """In place of transformers': a training state of ours. What cannot be written is a warning until the end."""
+        started = time.monotonic()
         content = {"random": self.run.gather(random_state())}
         error = self.run.attempt(partial(self.write, content))
+        self.since += time.monotonic() - started
         if error is None:
             return
         message = f"step {self.state.global_step} could not be saved: {error}"
@@ -289,8 +272,8 @@ def read_state(folder: str) -> dict[str, Any]:
     return torch.load(Path(folder) / "model.pt", map_location="cpu", weights_only=True)
 
 
-def trl_options(args: Options, run: Run, dtype: torch.dtype, total_steps: int, folder: Path) -> DPOConfig:
-    return DPOConfig(
+def trl_options(args: Any, run: Run, dtype: torch.dtype, total_steps: int, folder: Path) -> DPOConfig:
+    options = DPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.accumulation_steps,
@@ -320,3 +303,5 @@ def trl_options(args: Options, run: Run, dtype: torch.dtype, total_steps: int, f
         disable_tqdm=True,  # it has a bar of its own
         report_to="none",
     )
+    options._n_gpu = 1  # of several GPUs one is this process's: without a launcher transformers would take all
+    return options

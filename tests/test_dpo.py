@@ -352,7 +352,13 @@ def test_a_stopped_run_saves_and_goes_on(base, tmp_path):
 
 def test_there_is_no_muon_and_no_deepspeed(capsys):
     module = load_script(SCRIPT)
-    for flags in (["--optimizer", "muon"], ["--deepspeed", "zero2"], ["--loss_type", "orpo"], ["--beta", "-1"]):
+    for flags in (
+        ["--optimizer", "muon"],
+        ["--deepspeed", "zero2"],
+        ["--loss_type", "orpo"],
+        ["--loss_type"],
+        ["--beta", "0"],
+    ):
         with pytest.raises(SystemExit) as stop:
             cli.run(module.main, module.Args, flags)
         assert stop.value.code == 2
