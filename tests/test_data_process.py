@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -450,7 +451,10 @@ def test_stopped_by_a_signal_it_leaves_only_what_was_there(tmp_path, number):
     out.mkdir()
     (out / "pretrain_data.bin").write_text("old")
     command = [sys.executable, str(ROOT / "data_process.py"), "pretrain", "--data_path", str(path)]
-    with subprocess.Popen([*command, "--out_dir", str(out)], stderr=subprocess.PIPE, text=True) as process:
+    # A shell starts what runs in its background deaf to SIGINT, and so would be all that these tests start.
+    hearing = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command += ["--out_dir", str(out)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hearing) as process:
         while not (out / "pretrain_data.bin.tmp").exists():
             assert process.poll() is None
             time.sleep(0.01)
