@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import load_script, make_model
-from test_resume import assert_same_run, run, start, steps_in
+from test_resume import POINTS, assert_same_run, run, start, steps_in
 from test_training import metrics, torchrun, train
 
 from model import cli
@@ -290,7 +290,7 @@ def test_a_killed_run_ends_with_the_same_weights(base, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--lora"], ["--precompute_reference", "--accumulation_steps", "2"]], ids=str)
 def test_the_soak(more, base, tmp_path):
-    soak(base, tmp_path, ["before", "fsync", "rename", "renamed"] * 2, "--epochs", 6, *more)
+    soak(base, tmp_path, POINTS * 2, "--epochs", 6, *more)
 
 
 def test_changes_are_named_a_longer_run_goes_on_and_a_damaged_state_is_passed_over(base, tmp_path, capsys):

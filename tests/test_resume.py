@@ -37,7 +37,7 @@ processes.set_forkserver_preload(MODULES)
 
 def kill_at(point: str, count: int) -> None:
     """Has this process kill itself at the count-th time it comes to a point of saving a state."""
-    from model import backends, trainer
+    from model import backends, preference_trainer, trainer
 
     module, name = {
         "before": (trainer, "begin_state"),
@@ -62,6 +62,8 @@ def kill_at(point: str, count: int) -> None:
         return result
 
     setattr(module, name, killing)
+    if hasattr(preference_trainer, name):
+        setattr(preference_trainer, name, killing)
 
 
 def child(script: str, flags: list[str], log: str, point: tuple[str, int] | None, limit: int) -> None:
