@@ -1,7 +1,7 @@
 """LoRA: chat model -> a small adapter for one purpose, which can be put on, blended, or merged.
 
     python 4-lora_sft.py                                                   # who it is: dataset/sample/lora_identity.csv
-    python 4-lora_sft.py --lora_name medical --data_path dataset/medical.csv --epochs 3
+    python 4-lora_sft.py --lora_name medical --data_path medical.csv --epochs 3 --learning_rate 2e-3
     torchrun --nproc_per_node 2 4-lora_sft.py                              # two GPUs
     python 2-eval.py --lora out/lora/identity_512                          # chat with it
     python 2-eval.py --lora out/lora/identity_512 --lora_scale 0.5         # ... with half of it
@@ -38,7 +38,7 @@ class Train(TrainingOptions):
     packing: bool = True  # several conversations in a row; off: one each, and padding
     epochs: int = 40  # times through the data; many, as the identity dialogues are few
     batch_size: int = 4  # rows of a micro-batch, in each process
-    learning_rate: float = 1e-3  # the highest, after the warm-up
+    learning_rate: float = 5e-3  # the highest, after the warm-up
     warmup_steps: int = 10  # steps in which the learning rate rises
     optimizer: Literal["auto", "muon", "adamw"] = "adamw"  # auto: muon
     weight_decay: float = 0.0  # pull of the matrices towards zero, times the learning rate
