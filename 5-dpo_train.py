@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from model.cli import UserError, run
+from model.options import check_numbers
 
 LOSSES = Literal[
     *("sigmoid", "hinge", "ipo", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
@@ -60,11 +61,7 @@ class Args:
     num_workers: int = 0  # processes that prepare batches, besides the training one
 
     def __post_init__(self):
-        least = dict(epochs=1, max_steps=0, batch_size=1, accumulation_steps=1, max_seq_len=2, warmup_steps=0)
-        least |= dict(learning_rate=0, weight_decay=0, grad_clip=0, log_interval=1, save_interval=0, val_interval=0)
-        for name, lowest in least.items():
-            if not lowest <= getattr(self, name) < float("inf"):
-                raise UserError(f"--{name} is {getattr(self, name)}, but must be at least {lowest}")
+        check_numbers(self)
         if not 0 < self.beta < float("inf"):
             raise UserError(f"--beta is {self.beta}, but must be above 0")
         if not self.loss_type:

@@ -6,6 +6,17 @@ from typing import Literal
 from .cli import UserError
 
 
+LEAST = dict(epochs=1, max_steps=0, batch_size=1, accumulation_steps=1, max_seq_len=2, warmup_steps=0)
+LEAST |= dict(learning_rate=0, weight_decay=0, grad_clip=0, log_interval=1, save_interval=0, val_interval=0)
+
+
+def check_numbers(options: object) -> None:
+    """Raises UserError for a number that no training run can mean."""
+    for name, lowest in LEAST.items():
+        if not lowest <= getattr(options, name) < float("inf"):
+            raise UserError(f"--{name} is {getattr(options, name)}, but must be at least {lowest}")
+
+
 @dataclass
 class TrainingOptions:
     data_path: str = ""  # what to train on
@@ -37,16 +48,7 @@ class TrainingOptions:
     num_workers: int = 0  # processes that prepare batches, besides the training one
 
     def __post_init__(self):
-        least = dict(epochs=1, max_steps=0, batch_size=1, accumulation_steps=1, max_seq_len=2, warmup_steps=0)
-        least |= dict(learning_rate=0, weight_decay=0, grad_clip=0, log_interval=1, save_interval=0, val_interval=0)
-        for name, lowest in least.items():
-            if not lowest <= getattr(self, name) < float("inf"):
-                raise UserError(f"--{name} is {getattr(self, name)}, but must be at least {lowest}")
-        if self.deepspeed and self.optimizer == "muon":
-            raise UserError(
-                "--optimizer muon needs whole matrices, but --deepspeed cuts them up (ZeRO): leave out one of the two, "
-                "or take --optimizer adamw"
-            )
+        check_numbers(self)
 
 
 @dataclass
