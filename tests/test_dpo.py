@@ -215,7 +215,7 @@ def lines_of(weights: Path, key: str) -> list[dict]:
 
 @pytest.mark.parametrize("more", [[], ["--lora", "--learning_rate", "3e-2"]], ids=str)
 def test_a_toy_preference_is_learnt(more, base, tmp_path):
-    val = write(tmp_path / "val.json", toy(60, offset=1))
+    val = write(tmp_path / "val.json", toy(40, offset=1))
     flags = flags_of(
         base, tmp_path, "--val_path", val, "--learning_rate", "1e-2", "--val_interval", 20, *more, pairs=128
     )
@@ -335,8 +335,8 @@ def test_a_full_disk_is_a_warning_while_the_run_goes_on_and_an_error_at_its_end(
 def test_a_stopped_run_saves_and_goes_on(base, tmp_path):
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
-    train(SCRIPT, flags_of(base, tmp_path / "whole", "--save_interval", 0, "--epochs", 3))
-    flags = flags_of(base, tmp_path / "stopped", "--save_interval", 0, "--epochs", 3)
+    train(SCRIPT, flags_of(base, tmp_path / "whole", "--save_interval", 0, "--epochs", 2))
+    flags = flags_of(base, tmp_path / "stopped", "--save_interval", 0, "--epochs", 2)
     weights = tmp_path / "stopped" / "out" / "dpo_32.pth"
     process, lines = start(SCRIPT, flags, tmp_path / "log"), weights.with_suffix(".metrics.jsonl")
     while process.is_alive() and not (lines.exists() and lines.stat().st_size):

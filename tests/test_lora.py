@@ -202,7 +202,7 @@ def soak(base: Path, folder: Path, points: list[str], *more) -> None:
 
 
 def test_a_killed_run_ends_with_the_same_adapter(base, tmp_path):
-    soak(base, tmp_path, ["rename", "fsync"])
+    soak(base, tmp_path, ["rename"])
 
 
 @pytest.mark.slow
