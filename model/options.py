@@ -5,7 +5,6 @@ from typing import Literal
 
 from .cli import UserError
 
-
 LEAST = dict(epochs=1, max_steps=0, batch_size=1, accumulation_steps=1, max_seq_len=2, warmup_steps=0)
 LEAST |= dict(learning_rate=0, weight_decay=0, grad_clip=0, log_interval=1, save_interval=0, val_interval=0)
 
@@ -49,6 +48,11 @@ class TrainingOptions:
 
     def __post_init__(self):
         check_numbers(self)
+        if self.deepspeed and self.optimizer == "muon":
+            raise UserError(
+                "--optimizer muon needs whole matrices, but --deepspeed cuts them up (ZeRO): leave out one of the two, "
+                "or take --optimizer adamw"
+            )
 
 
 @dataclass
