@@ -51,9 +51,11 @@ def draw_preference_curves(metrics: Path, picture: Path) -> None:
     figure = Figure(figsize=(14, 3.2), layout="constrained")
     for axis, (title, series) in zip(figure.subplots(1, 4), panels, strict=True):
         for name, val_name, color in series:
-            label = name.removeprefix("logp_") if len(series) > 1 else "training"
+            label = name.removeprefix("logp_") if len(series) > 1 else "pairs"
             axis.plot([line["step"] for line in train], [line[name] for line in train], lw=1, color=color, label=label)
-            axis.plot([line["step"] for line in val], [line[val_name] for line in val], "o", color=color)
+            if val:
+                dots = [line[val_name] for line in val]
+                axis.plot([line["step"] for line in val], dots, "o", color=color, label=f"{label}, held out")
         axis.set(xlabel="step", title=title)
         axis.grid(alpha=0.3)
         axis.legend()
