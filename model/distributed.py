@@ -106,7 +106,7 @@ def launch(device: str = "auto") -> Iterator[Run]:
     finally:
         for model in run.wrapped:
             # They hold the process group, too. Were they freed later, its end would come while Python's lock is held,
-            # and wait for a thread of its own that waits for this lock (pytorch issue 56297).
+            # and wait for a thread of its own that waits for this lock (github.com/pytorch/pytorch/issues/56297).
             del model.logger, model.reducer
             model.process_group = None
         if dist.is_initialized():
