@@ -103,7 +103,10 @@ class TorchBackend:
         try:
             load_trained_state(self.raw_model, content["model"])
             for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
+                decays = [group["weight_decay"] for group in optimizer.param_groups]
                 optimizer.load_state_dict(saved)
+                for group, decay in zip(optimizer.param_groups, decays, strict=True):
+                    group["weight_decay"] = decay  # a changed option, once accepted, counts
             self.scaler.load_state_dict(content["scaler"])
         except (RuntimeError, ValueError) as error:
             raise UserError(

@@ -1,5 +1,6 @@
 """Rows -> the global batches of an epoch, and of each the micro-batches of one process."""
 
+import signal
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -55,6 +56,7 @@ class GlobalBatches:
             batch_sampler=(places for number in range(done, len(self)) for places in self.places(number)),
             collate_fn=stack,
             num_workers=self.args.num_workers,
+            worker_init_fn=leave_signals,
             pin_memory=self.run.device.type == "cuda",
             # A generator of its own: the loader must not draw from the one that dropout uses.
             generator=torch.Generator().manual_seed(self.args.seed),
@@ -76,6 +78,12 @@ class GlobalBatches:
         last = min(first + self.rows_each, len(self.data))
         starts = (start + self.run.rank * size for start in range(first, last, width))
         return [[place if place < last else NO_ROW for place in range(start, start + size)] for start in starts]
+
+
+def leave_signals(worker: int) -> None:
+    """A signal to the whole group of processes is the trainer's affair: it needs its workers until it has saved."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 class RowsInOrder(torch.utils.data.Dataset):

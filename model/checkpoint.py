@@ -3,6 +3,7 @@
 The tokenizer lies beside them, in tokenizer/HASH/, so that a folder of checkpoints can be moved or handed on.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -81,7 +82,7 @@ def copy_tokenizer(source: Path, folder: Path) -> str:
         temporary.mkdir(parents=True)
         for file in TOKENIZER_FILES:
             if (source / file).is_file():
-                shutil.copy2(source / file, temporary)
+                flush(Path(shutil.copy(source / file, temporary)))
         os.replace(temporary, folder / name)
     return name
 
@@ -270,6 +271,10 @@ def write_tensors(content: Any, path: Path) -> None:
         flush(path)
     except (OSError, RuntimeError) as error:  # PyTorch's own writer raises RuntimeError
         path.unlink(missing_ok=True)
+        if getattr(error, "errno", errno.ENOSPC) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        if not path.parent.is_dir():
+            raise OSError(f"{path.parent} is not there any more") from error
         raise OSError(f"{path} takes {num_bytes(content):,} bytes, for which there is no room") from error
 
 

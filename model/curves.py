@@ -18,7 +18,7 @@ def draw_curve(metrics: Path, picture: Path) -> None:
     left.plot([line["step"] for line in train], [line["loss"] for line in train], lw=1, label="training loss")
     if val:
         left.plot([line["step"] for line in val], [line["val_loss"] for line in val], "o-", label="validation loss")
-        if "bits_per_byte" in val[-1]:
+        if val[-1].get("bits_per_byte") is not None:
             left.set_title(f"bits per byte at the end: {val[-1]['bits_per_byte']:.3f}", fontsize=10)
     left.set(xlabel="step", ylabel="nats per token")
     left.grid(alpha=0.3)

@@ -17,7 +17,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
-from .checkpoint import write_tensors
+from .checkpoint import file_hash, write_tensors
 from .deepspeed_config import read_config
 from .distributed import Run, join_alone
 from .model import Transformer
@@ -86,7 +86,13 @@ class DeepSpeedBackend:
 
     def facts(self) -> dict[str, Any]:
         """What of this the final weights depend on; a state is in as many parts as there are processes."""
-        return {"engine": f"zero{self.stage}", "processes": self.run.world_size, "optimizer": "adamw"}
+        settings = Path(self.args.deepspeed)
+        return {
+            "engine": f"zero{self.stage}",
+            "processes": self.run.world_size,
+            "optimizer": "adamw",
+            "DeepSpeed settings": file_hash(settings) if settings.is_file() else "",
+        }
 
     def weights(self) -> dict[str, Tensor]:
         """What is trained, in float32 and whole, on the main process; elsewhere nothing. Every process calls it."""
@@ -108,7 +114,10 @@ class DeepSpeedBackend:
         self.engine.checkpoint_engine.raise_error()
 
     def load(self, folder: Path) -> None:
+        decays = [group["weight_decay"] for group in self.engine.optimizer.param_groups]
         self.engine.load_checkpoint(str(folder), tag=TAG)
+        for group, decay in zip(self.engine.optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay  # a changed option, once accepted, counts
 
 
 class Files(TorchCheckpointEngine):

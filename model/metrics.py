@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,13 @@ class MetricsFile:
     def cut(self, step: int) -> None:
         """Leaves the lines up to a step: those after it are about to be written again."""
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
-        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+        kept = []
+        for line in lines if step else []:
+            try:
+                if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except ValueError:  # spoiled by a power cut, as may be what follows
+                break
         temporary = self.path.with_name(self.path.name + ".tmp")
         temporary.write_bytes(b"".join(kept))
         flush(temporary)
@@ -94,6 +101,11 @@ class MetricsFile:
         """Numbers that JSON does not know, nan and the infinities, become null."""
         known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         self.waiting += json.dumps(known, ensure_ascii=False).encode() + b"\n"
+        with suppress(OSError):
+            self.append()
+
+    def append(self) -> None:
+        """Raises OSError where there is no room."""
         size = self.path.stat().st_size
         try:
             with open(self.path, "ab") as file:
@@ -101,3 +113,9 @@ class MetricsFile:
             self.waiting = b""
         except OSError:
             os.truncate(self.path, size)  # no half a line
+            raise
+
+    def flush(self) -> None:
+        """Returns when all lines are on the disk; raises OSError where that has no room."""
+        self.append()
+        flush(self.path)

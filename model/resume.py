@@ -27,6 +27,7 @@ from .training_state import TrainingState, newest_state, states_folder
 FREE_OPTIONS = {
     *("data_path", "val_path", "tokenizer", "init_from", "model", "out_dir", "stage", "batch_size"),
     *("accumulation_steps", "epochs", "max_steps", "device", "compile", "num_workers", "deepspeed"),
+    *("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe"),  # 0 means the preset's; the model's own are compared
     *("log_interval", "save_interval", "val_interval", "resume", "accept_changes", "lora_name", "merge"),
 }
 FORM_OF_STATE = ("engine", "processes")  # facts without which a state cannot even be read
@@ -36,7 +37,7 @@ def run_facts(
     args: TrainingOptions, config: LMConfig, data: Path, tokenizer: PreTrainedTokenizerBase, **more: Any
 ) -> dict[str, Any]:
     """What the final weights depend on, by name, as JSON can hold it; the length of the run is not among it."""
-    architecture = {name: getattr(config, name) for name in LMCONFIG_FIELDS if name != "max_seq_len"}
+    architecture = {f"model {name}": getattr(config, name) for name in LMCONFIG_FIELDS if name != "max_seq_len"}
     options = {name: value for name, value in asdict(args).items() if name not in FREE_OPTIONS}
     contents = {
         "data": file_hash(data),
@@ -50,11 +51,17 @@ def find_state(weights: Path, facts: dict[str, Any], total_steps: int, args: Tra
     """The state to go on from, with what is to be said about it; None for a fresh start.
 
     Raises:
-        UserError: it belongs to a run that would have given other weights.
+        UserError: it belongs to a run that would have given other weights, or weights are there of which nobody knows
+            the run.
     """
     folder = states_folder(weights)
     if args.resume == "never":
         shutil.rmtree(folder, ignore_errors=True)
+    elif weights.exists() and not folder.exists():
+        raise UserError(f"{weights} is there, but no {folder}: move it away, or start over it with --resume never")
+    if args.init_from and Path(args.init_from).resolve() == weights.resolve():
+        raise UserError(f"--init_from {args.init_from} is what this run would write over: name another --out_dir")
+    folder.mkdir(parents=True, exist_ok=True)  # from now on, weights without a state are this run's
     state, complaints = newest_state(folder)
     for complaint in complaints:
         print(f"warning: {complaint}", flush=True)

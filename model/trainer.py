@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .backends import build_backend
 from .batches import GlobalBatch, GlobalBatches, RowSource
-from .checkpoint import flush, save_weights
+from .checkpoint import save_weights
 from .cli import Stopped
 from .curves import draw_curve
 from .dataset import Batch
@@ -32,7 +32,14 @@ from .model import LMOutput, Transformer
 from .optim import learning_rate_factor
 from .options import TrainingOptions
 from .resume import find_state, random_state, run_facts, set_random_state, stop_signals
-from .training_state import TrainingState, begin_state, finish_state, states_folder, unfinished_state
+from .training_state import (
+    TrainingState,
+    begin_state,
+    finish_state,
+    remove_unfinished,
+    states_folder,
+    unfinished_state,
+)
 
 MOST_BAD_IN_A_ROW = 10
 
@@ -177,7 +184,7 @@ class Trainer:
             return False
         if self.run.is_main:
             self.metrics.cut(self.place.step)
-        self.started, self.first_step = time.monotonic(), self.place.step
+        self.started, self.saved_step = time.monotonic(), self.place.step
         processes = f"{self.run.world_size} process{'es' if self.run.world_size > 1 else ''}"
         self.run.print(
             f"{self.parameters:,} parameters on {self.run.device} ({str(self.dtype).removeprefix('torch.')}), "
@@ -197,6 +204,8 @@ class Trainer:
     def restore(self, state: TrainingState) -> None:
         self.backend.load(state.folder)
         self.place, self.window = Place(**state.content["place"]), Window(**state.content["window"])
+        # Another global batch, if that change was accepted: as many rows of the epoch are done.
+        self.place.groups = self.place.groups * state.facts["rows of a step"] // self.global_batches.rows_each
         if not self.run.is_main:  # its losses are sums over all processes
             self.window.loss = self.window.aux_loss = 0.0
         generators = state.content["random"]
@@ -233,6 +242,7 @@ class Trainer:
         What cannot be written is a warning as long as the run goes on, since the next interval tries again; at its end
         it is an error.
         """
+        self.run.attempt(self.draw)  # for want of a picture nothing is lost
         self.window.sum(self.run)
         random = self.run.gather(random_state())
         content = dict(place=asdict(self.place), window=asdict(self.window), random=random)
@@ -245,18 +255,24 @@ class Trainer:
         )
         error = next(filter(None, map(self.run.attempt, works)), None)
         if error is None:
+            self.saved_step = self.place.step
             return
+        if self.run.is_main:
+            remove_unfinished(states_folder(self.weights))  # a full disk has no room for half a state
         message = f"step {self.place.step} could not be saved: {error}"
         if self.place.step >= self.total_steps:
             self.run.fail(message)
         if self.run.is_main:
             tqdm.write(f"warning: {message}")
 
+    def draw(self) -> None:
+        if self.run.is_main:
+            draw_curve(self.metrics.path, self.weights.with_suffix(".png"))
+
     def write_weights(self, weights: dict[str, Tensor]) -> None:
         if self.run.is_main:
             facts = dict(stage=str(self.weights.relative_to(self.args.out_dir).with_suffix("")), **asdict(self.place))
             self.save_weights(self.weights, self.raw_model, self.tokenizer.name_or_path, weights, **facts)
-            draw_curve(self.metrics.path, self.weights.with_suffix(".png"))
 
     def open_state(self) -> None:
         if self.run.is_main:
@@ -267,17 +283,19 @@ class Trainer:
 
     def close_state(self, content: dict[str, Any]) -> None:
         if self.run.is_main:
-            flush(self.metrics.path)
+            self.metrics.flush()
             finish_state(
                 states_folder(self.weights), self.place.step, {"steps": self.total_steps, **self.facts}, content
             )
 
     def stop(self, signum: int) -> NoReturn:
         self.bar.close()
-        if self.place.step > self.first_step:
+        if self.place.step > self.saved_step:
             self.save()
         name = signal.Signals(signum).name
-        self.run.print(f"stopped by {name} after step {self.place.step}; the same command goes on from there")
+        self.run.print(
+            f"stopped by {name} after step {self.place.step}; the same command goes on after step {self.saved_step}"
+        )
         raise Stopped(signum)
 
     def finish(self) -> None:

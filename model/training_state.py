@@ -38,11 +38,15 @@ def states_folder(weights: Path) -> Path:
 
 def begin_state(folder: Path, step: int) -> Path:
     """An empty folder under a temporary name, for the files of a state."""
-    for unfinished in folder.glob("*.tmp"):
-        shutil.rmtree(unfinished)
+    remove_unfinished(folder)
     temporary = unfinished_state(folder, step)
     temporary.mkdir(parents=True)
     return temporary
+
+
+def remove_unfinished(folder: Path) -> None:
+    for unfinished in folder.glob("*.tmp"):
+        shutil.rmtree(unfinished)
 
 
 def unfinished_state(folder: Path, step: int) -> Path:
@@ -64,12 +68,13 @@ def finish_state(folder: Path, step: int, facts: dict[str, Any], content: dict[s
     (temporary / SUMS).write_text("".join(sums), encoding="utf-8")
     flush(temporary / SUMS)
     final = temporary.with_suffix("")
-    shutil.rmtree(final, ignore_errors=True)  # there only if it was damaged
+    if final.exists():  # damaged, or saved before; it stays until its successor is there
+        os.replace(final, folder / "replaced.tmp")
     os.replace(temporary, final)
     flush_folder(folder)
     states = finished_states(folder)
     kept = [state for state in states if state <= final][-KEPT:]
-    for state in set(states) - set(kept):
+    for state in {*states, *folder.glob("*.tmp")} - set(kept):
         shutil.rmtree(state)
 
 

@@ -67,6 +67,7 @@ def kill_at(point: str, count: int) -> None:
 
 
 def child(script: str, flags: list[str], log: str, point: tuple[str, int] | None, limit: int) -> None:
+    os.setsid()  # a group of its own, for signals to all of a group
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -190,6 +191,43 @@ def test_a_stopped_run_finishes_its_step_saves_and_goes_on(signum, data, tokeniz
     assert_same_run(weights, whole)
 
 
+def test_a_signal_to_the_whole_group_leaves_the_loading_processes_to_the_trainer(data, tokenizer_dir, tmp_path):  # noqa: F811
+    flags = pretrain_flags(data, tokenizer_dir, tmp_path / "out", "--epochs", 200, "--num_workers", 1)
+    process = start("1-pretrain.py", [*flags, "--batch_size", "2"], tmp_path / "log")
+    lines = tmp_path / "out" / "pretrain_32.metrics.jsonl"
+    while not (lines.exists() and lines.stat().st_size):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.join(60)
+    said = (tmp_path / "log").read_text()
+    assert process.exitcode == 128 + signal.SIGTERM and "Traceback" not in said
+    (step,) = steps_in(training_state.states_folder(tmp_path / "out" / "pretrain_32.pth"))
+    assert f"goes on after step {step}" in said
+
+
+def test_accepted_changes_are_trained(half, tmp_path):
+    """Half as large a global batch from step 12 of 16 rows on, without decay: the rows go on where they were."""
+    folder, flags = half
+    shutil.copytree(folder / "out", tmp_path / "out")
+    more = ["--out_dir", tmp_path / "out", "--batch_size", 8, "--weight_decay", 0, "--accept_changes"]
+    assert run("1-pretrain.py", [*flags, *more], tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    lines = metrics(tmp_path / "out" / "pretrain_32.metrics.jsonl")
+    rows = rows_of(folder)
+    epochs, left = divmod(12, -(-rows // 16))
+    assert lines[12]["epoch"] == pytest.approx(epochs + (left * 2 + 1) / -(-rows // 8), abs=1e-4)
+    state = torch.load(tmp_path / "out" / "pretrain_32.state" / "step_00000020" / "model.pt", weights_only=True)
+    assert {g["weight_decay"] for optimizer in state["optimizers"] for g in optimizer["param_groups"]} == {0.0}
+
+
+def test_weights_of_an_unknown_run_are_not_written_over(finished):
+    script, flags, weights, log = finished
+    shutil.rmtree(training_state.states_folder(weights))
+    before = snapshot(weights.parent)
+    assert run(script, flags, log) == 2
+    assert "--resume never" in log.read_text() and snapshot(weights.parent) == before
+    assert run(script, [*flags, "--resume", "never"], log) == 0
+
+
 @pytest.fixture
 def finished(data, tokenizer_dir, tmp_path):  # noqa: F811
     """Script, flags, weights and log of a finished run of 12 steps."""
@@ -311,7 +349,7 @@ def test_a_full_disk_is_a_warning_while_the_run_goes_on_and_an_error_at_its_end(
     assert "warning: step 16 could not be saved" in said and "no room" in said and "Traceback" not in said
     assert re.search(r"error: step 20 could not be saved: \S+\.pth\.tmp takes [\d,]+ bytes", said), said
     after = snapshot(weights.parent)
-    assert all(after[path] == content for path, content in before.items() if "metrics" not in path.name)
+    assert all(after[path] == content for path, content in before.items() if path.suffix not in (".jsonl", ".png"))
     assert run(script, flags, log) == 0
     assert "going on after step 12," in log.read_text()
 
