@@ -6,7 +6,6 @@ base's weights, so that an adapter is put to no other model than the one it was 
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .checkpoint import file_hash, flush, load_model, read_description, save_weights
+from .checkpoint import check_finite, file_hash, load_model, read_description, save_weights, write_bytes
 from .cli import UserError
 from .model import OutputHead, Transformer
 
@@ -90,22 +89,13 @@ def save_adapter(
     """
     tensors = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    for name, value in tensors.items():
-        if not value.isfinite().all():
-            raise FloatingPointError(f"{name} holds numbers that are not finite")
+    check_finite(tensors)
     metadata = {"format": "pt", "base_sha256": base_sha256} | {name: str(value) for name, value in facts.items()}
     config = model.peft_config["default"].to_dict() | {"inference_mode": True, "base_model_name_or_path": None}
     config = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / CONFIG, json.dumps(config, indent=1, default=str).encode())
     write_bytes(folder / WEIGHTS, save(tensors, metadata))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    flush(temporary)
-    os.replace(temporary, path)
 
 
 def read_metadata(folder: Path) -> dict[str, str]:

@@ -55,9 +55,7 @@ def save_weights(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".pth.tmp")
     state = {key: value.detach().cpu() for key, value in (state or model.state_dict()).items()}
-    for key, value in state.items():
-        if not value.isfinite().all():
-            raise FloatingPointError(f"{key} holds numbers that are not finite")
+    check_finite(state)
     state["output.weight"] = state["tok_embeddings.weight"]  # from a GPU they come as two copies of one matrix
     write_tensors(state, temporary)
     description = {
@@ -71,6 +69,13 @@ def save_weights(
     }
     write_json(path.with_suffix(".json"), description)
     os.replace(temporary, path)
+
+
+def check_finite(state: dict[str, Tensor]) -> None:
+    """Raises FloatingPointError: what is broken is never written."""
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise FloatingPointError(f"{name} holds numbers that are not finite")
 
 
 def copy_tokenizer(source: Path, folder: Path) -> str:
@@ -294,8 +299,13 @@ def num_bytes(content: Any) -> int:
 
 
 def write_json(path: Path, content: Any) -> None:
+    write_bytes(path, json.dumps(content, ensure_ascii=False, indent=1).encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """A file that has its name when it is complete and on the disk."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+    temporary.write_bytes(content)
     flush(temporary)
     os.replace(temporary, path)
 

@@ -4,15 +4,17 @@ import gc
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def draw_curve(metrics: Path, picture: Path) -> None:
     """Loss (left) and learning rate (right) over the steps, validation as dots."""
     from matplotlib.figure import Figure  # not pyplot: it keeps figures alive, and opens windows
 
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    train = [line for line in lines if "loss" in line]
-    val = [line for line in lines if "val_loss" in line]
+    train, val = read_metrics(metrics)
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 1.4))
     left.plot([line["step"] for line in train], [line["loss"] for line in train], lw=1, label="training loss")
@@ -25,20 +27,14 @@ def draw_curve(metrics: Path, picture: Path) -> None:
     left.legend()
     right.plot([line["step"] for line in train], [line["lr"] for line in train], lw=1, color="tab:gray")
     right.set(xlabel="step", ylabel="learning rate", ylim=0)
-    temporary = picture.with_name(f".{picture.name}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    del figure, left, right
-    gc.collect()  # a figure is full of circular references: without this each save of a long run costs a megabyte
-    os.replace(temporary, picture)
+    save_picture(figure, picture)
 
 
 def draw_preference_curves(metrics: Path, picture: Path) -> None:
     """Loss, accuracy, margin and log-probabilities over the steps; held-out pairs as dots."""
     from matplotlib.figure import Figure  # not pyplot: it keeps figures alive, and opens windows
 
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    train = [line for line in lines if "loss" in line]
-    val = [line for line in lines if "val_loss" in line]
+    train, val = read_metrics(metrics)
     panels = [
         ("loss", [("loss", "val_loss", "tab:blue")]),
         ("pairs rated rightly", [("accuracy", "accuracy", "tab:blue")]),
@@ -59,8 +55,18 @@ def draw_preference_curves(metrics: Path, picture: Path) -> None:
         axis.set(xlabel="step", title=title)
         axis.grid(alpha=0.3)
         axis.legend()
-    temporary = picture.with_name(f".{picture.name}.tmp")
+    save_picture(figure, picture)
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The lines of training and those of validation."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if "loss" in line], [line for line in lines if "val_loss" in line]
+
+
+def save_picture(figure: "Figure", path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, dpi=110, format="png")
-    del figure, axis
-    gc.collect()  # as above
-    os.replace(temporary, picture)
+    os.replace(temporary, path)
+    figure.clear()
+    gc.collect()  # a figure is full of circular references: without this each save of a long run costs a megabyte

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import flush
+from .checkpoint import flush, write_bytes
 from .distributed import Run
 from .model import LMOutput
 
@@ -92,10 +92,7 @@ class MetricsFile:
                     kept.append(line)
             except ValueError:  # spoiled by a power cut, as may be what follows
                 break
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_bytes(b"".join(kept))
-        flush(temporary)
-        os.replace(temporary, self.path)
+        write_bytes(self.path, b"".join(kept))
 
     def write(self, line: dict[str, Any]) -> None:
         """Numbers that JSON does not know, nan and the infinities, become null."""

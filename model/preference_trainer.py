@@ -25,7 +25,7 @@ from trl import DPOConfig, DPOTrainer
 
 from .adapters import base_hash, merge, save_adapter
 from .backends import load_trained_state, trained_state
-from .checkpoint import flush, save_weights, write_tensors
+from .checkpoint import save_weights, write_tensors
 from .cli import Stopped
 from .curves import draw_preference_curves
 from .distributed import Run
@@ -209,7 +209,7 @@ class PreferenceTrainer(DPOTrainer):
             return
         self.write_weights()
         draw_preference_curves(self.metrics.path, self.weights.with_suffix(".png"))
-        flush(self.metrics.path)
+        self.metrics.flush()
         folder = begin_state(states_folder(self.weights), self.state.global_step)
         scaler = self.accelerator.scaler
         tensors = {

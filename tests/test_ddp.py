@@ -84,7 +84,7 @@ def keep_gradients(folder: Path, rank: int) -> None:
 
 
 def first_gradients(folder: Path, rank: int) -> torch.Tensor:
-    gradients = torch.load(folder / f"gradients{rank}.pt")
+    gradients = torch.load(folder / f"gradients{rank}.pt", weights_only=True)
     return torch.cat([gradients[name].flatten() for name in sorted(gradients)])
 
 
@@ -130,7 +130,7 @@ def test_experts_without_tokens_on_one_process(monotonous, tokenizer_dir, tmp_pa
     compare("1-pretrain.py", flags, "pretrain_32_moe.metrics.jsonl", tmp_path, 2, 1e-4, [(2, 1)])
     first = metrics(tmp_path / "2_1" / "pretrain_32_moe.metrics.jsonl")[0]  # the experts' load is the main process's
     assert all(min(layer) == 0 for layer in first["expert_load"])
-    gradients = torch.load(tmp_path / "2_1" / "gradients0.pt")
+    gradients = torch.load(tmp_path / "2_1" / "gradients0.pt", weights_only=True)
     idle = [(n, i) for n, layer in enumerate(first["expert_load"]) for i, share in enumerate(layer) if not share]
     experts = [gradients[f"layers.{n}.feed_forward.experts.{i}.w1.weight"] for n, i in idle]
     assert any(gradient.any() for gradient in experts)  # the other process had tokens for them
