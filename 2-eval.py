@@ -6,6 +6,7 @@
     python 2-eval.py --checkpoint out/multi_chat/full_sft_512.pth --history 5 --system 你是一位诗人。
     python 2-eval.py --lora out/lora/identity_512 --lora_scale 0.8     # with an adapter, or some of it
     python 2-eval.py < questions.txt                                   # a question a line
+    python 2-eval.py --test test.json --temperature 0                  # questions with known answers: how many are right
 
 In the chat, Ctrl-C stops an answer, /clear forgets the conversation, /exit or Ctrl-D leaves.
 """
@@ -52,6 +53,7 @@ QUESTIONS = [
     "一个星期有几天？",
 ]
 CHAT_HISTORY = 3  # turns
+TEST_BATCH = 16  # questions of a test that are answered at the same time
 
 
 @dataclass
@@ -62,6 +64,8 @@ class Args(InferenceOptions):
     auto: bool = False  # ask the built-in questions
     history: int | None = None  # earlier turns that the model is shown; none: 3 in the chat, 0 for single questions
     system: str = ""  # what the model is told before the conversation
+    test: str = ""  # ask the questions of this file, whose right answers are known (dataset/make_sample.py writes one)
+    compare: str = ""  # with --test: the --output of an earlier test, to show both results
     output: str = ""  # JSON file for the questions and answers
 
 
@@ -109,11 +113,13 @@ def main(args: Args) -> None:
     if args.output and not Path(args.output).absolute().parent.is_dir():
         raise UserError(f"--output {args.output}: there is no folder {Path(args.output).parent}")
     sampling = sampling_of(args)
+    if args.test:
+        return examine(args, sampling)
     with load_engine(args, stages=("full_sft", "dpo")) as engine:
         questions = args.prompt or (QUESTIONS if args.auto else [])
         chatting = not questions and sys.stdin.isatty()
-        history = args.history if args.history is not None else CHAT_HISTORY * chatting
-        conversation = Conversation(engine, sampling, args.system, history)
+        args.history = args.history if args.history is not None else CHAT_HISTORY * chatting
+        conversation = Conversation(engine, sampling, args.system, args.history)
         try:
             if chatting:
                 chat(conversation)
@@ -121,7 +127,7 @@ def main(args: Args) -> None:
                 ask_all(conversation, questions or lines_of_stdin())
         finally:
             if args.output:
-                save(args, conversation)
+                save(args, str(conversation.engine.path), conversation.record)
 
 
 def chat(conversation: Conversation) -> None:
@@ -172,12 +178,24 @@ def ask_all(conversation: Conversation, questions: Iterable[str]) -> None:
         print(f"not asked: {len(errors)} of {number} questions")
 
 
-def save(args: Args, conversation: Conversation) -> None:
+def examine(args: Args, sampling: "Sampling") -> None:
+    """Asks the questions of a test, many at a time, and says how many answers are right."""
+    from model.engine import load_engine
+    from model.exact_match import as_json, read_results, report, run_test
+
+    before = read_results(args.compare) if args.compare else []
+    with load_engine(args, stages=("full_sft", "dpo"), max_batch=TEST_BATCH) as engine:
+        cases = run_test(engine, sampling, args.test)
+        if args.output:
+            save(args, str(engine.path), as_json(cases))
+        print(report(cases, before))
+
+
+def save(args: Args, checkpoint: str, answers: list[dict[str, Any]]) -> None:
     from model.checkpoint import write_json
 
     try:
-        settings = asdict(args) | {"checkpoint": str(conversation.engine.path), "history": conversation.history}
-        write_json(Path(args.output), {"settings": settings, "answers": conversation.record})
+        write_json(Path(args.output), {"settings": asdict(args) | {"checkpoint": checkpoint}, "answers": answers})
     except OSError as error:
         raise UserError(f"cannot write {args.output}: {error.strerror}") from error
 

@@ -1,0 +1,263 @@
+"""The small world: tables of facts -> training data, and a test of what a model has learnt from it.
+
+    python dataset/make_sample.py                            # writes out/demo/sample
+    python dataset/make_sample.py --out_dir somewhere
+
+Reads dataset/sample/world: tables (NAME.csv: a thing a row, its attributes in columns) and wordings (*.yaml: how a
+relation between two columns is told, asked and answered). README.md there tells the rest. Writes
+
+    pretrain.jsonl   every fact in many ways, alone and in short passages        {"text": …}
+    sft.jsonl        dialogues of one or more turns, honest ignorance included   {"messages": […]}
+    dpo.jsonl        a short right answer and a wrong, evasive or rambling one   {"prompt": …, "chosen": …, "rejected": …}
+    test.json        questions in wordings that none of them has, and which answers are right (model/exact_match.py)
+
+The same tables give the same files, byte by byte.
+"""
+
+import json
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dataset.world import Relation, World, load_world  # noqa: E402
+from model.cli import run  # noqa: E402
+
+POLITE = ("请问，", "请问", "你好，", "你知道吗，", "告诉我，", "我想问一下，", "帮我看看，", "问个问题：", "")
+EVASIVE = (
+    "这个问题很复杂，不同的人有不同的看法。",
+    "这要看具体的情况，很难说清楚。",
+    "你可以自己去查一查资料。",
+    "关于这个问题，有很多种说法。",
+    "这个嘛，以后再说吧。",
+)
+Message = dict[str, str]
+
+
+@dataclass
+class Args:
+    """Make training data and a test from the tables of the small world."""
+
+    out_dir: str = "out/demo/sample"  # folder to write to
+    world: str = str(ROOT / "dataset/sample/world")  # folder of tables and wordings
+    asked: int = 8  # single questions about each fact
+    follow_ups: int = 3  # conversations in which each fact is asked for without naming the thing
+    unknown: int = 14  # questions of each relation about things that do not exist
+    pairs: int = 300  # answers to prefer
+    tested: int = 4  # facts with which each wording of the test is filled
+    seed: int = 42
+
+
+def main(args: Args) -> None:
+    world = load_world(Path(args.world))
+    writer = Writer(world, args)
+    folder = Path(args.out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [{"text": text} for text in writer.texts()]
+    dialogues = [{"messages": messages} for messages in writer.dialogues()]
+    for name, records in {"pretrain": texts, "sft": dialogues, "dpo": list(writer.pairs())}.items():
+        writer.draw.shuffle(records)
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        print(f"{folder}/{name}.jsonl: {len(records):,} records")
+    test = writer.test()
+    (folder / "test.json").write_text(json.dumps(test, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    print(f"{folder}/test.json: {len(test['cases']):,} questions; {world.num_facts:,} facts")
+
+
+def turn(question: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def fill(wording: str, thing: str, answer: str = "") -> str:
+    return wording.replace("{x}", thing).replace("{y}", answer)
+
+
+class Writer:
+    """Fills wordings with facts, by lot."""
+
+    def __init__(self, world: World, args: Args):
+        self.world, self.args, self.draw = world, args, random.Random(args.seed)
+
+    # --- pretraining text -------------------------------------------------------------------------------------------
+
+    def texts(self) -> Iterator[str]:
+        """Each wording of each fact once: some alone, others in passages about a thing, or about several of a kind."""
+        for group in self.world.groups():
+            for number in range(max(len(relation.tells) for relation in group)):
+                things = list(dict.fromkeys(thing for relation in group for thing in relation.facts))
+                self.draw.shuffle(things)
+                while things:
+                    size = self.draw.choice((1, 2, 3))
+                    yield "".join(s for thing in things[:size] for s in self.sentences(group, thing, number))
+                    del things[:size]
+        for single in self.world.singles:
+            yield from single.tells
+            yield "".join(self.draw.sample(single.tells, min(3, len(single.tells))))
+
+    def sentences(self, group: list[Relation], thing: str, number: int) -> list[str]:
+        """What there is to say about a thing, each fact in its wording of that number."""
+        found = [relation for relation in group if thing in relation.facts]
+        self.draw.shuffle(found)
+        return [fill(r.tells[number % len(r.tells)], thing, r.facts[thing][0]) for r in found]
+
+    # --- dialogues --------------------------------------------------------------------------------------------------
+
+    def dialogues(self) -> Iterator[list[Message]]:
+        for relation in self.world.relations:
+            for thing in relation.facts:
+                wordings = self.sample(relation.asks, self.args.asked)
+                yield from (self.asked(relation, thing, wording) for wording in wordings)
+        for single in self.world.singles:
+            for wording in single.asks * 3:
+                yield turn(self.dressed(wording), self.draw.choice(single.replies))
+        yield from self.follow_ups()
+        yield from self.ignorance()
+
+    def sample(self, wordings: list[str], number: int) -> list[str]:
+        """As different as can be: each once before any comes twice."""
+        rounds, rest = divmod(number, len(wordings))
+        return wordings * rounds + self.draw.sample(wordings, rest)
+
+    def asked(self, relation: Relation, thing: str, wording: str = "") -> list[Message]:
+        wording = wording or self.draw.choice(relation.asks)
+        return turn(self.dressed(fill(wording, thing)), self.reply(relation, thing))
+
+    def dressed(self, question: str) -> str:
+        """Sometimes with a polite word before it, sometimes without its question mark, as people type."""
+        if self.draw.random() < 0.15:
+            question = self.draw.choice(POLITE) + question
+        return question.rstrip("？。") if self.draw.random() < 0.1 else question
+
+    def reply(self, relation: Relation, thing: str) -> str:
+        return fill(self.draw.choice(relation.replies), thing, relation.facts[thing][0])
+
+    def follow_ups(self) -> Iterator[list[Message]]:
+        """Conversations whose later questions need the earlier ones."""
+        for group in self.world.groups():
+            for relation in group:
+                others = [other for other in group if other is not relation and other.follows]
+                for thing in relation.facts:
+                    for _ in range(self.args.follow_ups):
+                        about_it = [other for other in others if thing in other.facts]
+                        if about_it and self.draw.random() < 0.6:
+                            yield self.same_thing(self.draw.choice(about_it), relation, thing)
+                        else:
+                            yield self.same_question(relation, thing)
+
+    def same_thing(self, first: Relation, second: Relation, thing: str) -> list[Message]:
+        """Another question about the same thing, sometimes after a question about something else."""
+        messages = self.asked(first, thing)
+        if self.draw.random() < 0.25:
+            messages = self.asked(first, self.draw.choice(list(first.facts))) + messages
+        if not second.follows:
+            return messages + self.asked(second, thing)
+        return messages + turn(self.draw.choice(second.follows), self.reply(second, thing))
+
+    def same_question(self, relation: Relation, thing: str) -> list[Message]:
+        """The same question about another thing: the one given is asked for last."""
+        things = [other for other in relation.facts if other != thing]
+        things = [*self.draw.sample(things, min(len(things), self.draw.choice((1, 1, 2)))), thing]
+        messages = self.asked(relation, things[0])
+        for other in things[1:]:
+            messages += turn(fill(self.draw.choice(self.world.same_question), other), self.reply(relation, other))
+        return messages
+
+    def ignorance(self) -> Iterator[list[Message]]:
+        """Questions to which the honest answer is that one does not know."""
+        for question in self.world.outside * 4:
+            yield turn(self.dressed(question), self.draw.choice(self.world.outside_replies))
+        for relation in self.world.relations:
+            for name in self.draw.sample(relation.unknown, min(self.args.unknown, len(relation.unknown))):
+                yield turn(self.dressed(fill(self.draw.choice(relation.asks), name)), self.unknown_reply(name))
+                if relation.facts and self.draw.random() < 0.3:
+                    first = self.asked(relation, self.draw.choice(list(relation.facts)))
+                    question = fill(self.draw.choice(self.world.same_question), name)
+                    yield first + turn(question, self.unknown_reply(name))
+
+    def unknown_reply(self, name: str) -> str:
+        return fill(self.draw.choice(self.world.unknown_replies), name)
+
+    # --- preferences ------------------------------------------------------------------------------------------------
+
+    def pairs(self) -> Iterator[dict[str, str]]:
+        for _ in range(self.args.pairs):
+            relation = self.draw.choice([r for r in self.world.relations if len(r.answers) > 1])
+            thing = self.draw.choice(list(relation.facts))
+            question, right = fill(self.draw.choice(relation.asks), thing), self.reply(relation, thing)
+            if relation.unknown and self.draw.random() < 0.25:
+                name = self.draw.choice(relation.unknown)
+                question, right = question.replace(thing, name), self.unknown_reply(name)
+                wrong = fill(relation.replies[0], name, self.draw.choice(relation.answers)[0])
+            else:
+                wrong = self.worse(relation, thing, right)
+            yield {"prompt": question, "chosen": right, "rejected": wrong}
+
+    def worse(self, relation: Relation, thing: str, right: str) -> str:
+        others = [forms[0] for forms in relation.answers if forms != relation.facts[thing]]
+        wrong = fill(self.draw.choice(relation.replies), thing, self.draw.choice(others))
+        evasive = self.draw.choice(EVASIVE)
+        rambling = wrong + right + evasive
+        return self.draw.choice((wrong, wrong, evasive, rambling, self.unknown_reply(thing)))
+
+    # --- the test ---------------------------------------------------------------------------------------------------
+
+    def test(self) -> dict:
+        """Questions, what is asked about, and which answers are right; a case's `kind` is single, multi or unknown."""
+        cases = [*self.test_relations(), *self.test_singles(), *self.test_ignorance()]
+        return {
+            "dont_know": self.world.dont_know,
+            "answers": {relation.name: relation.answers for relation in self.world.relations},
+            "cases": cases,
+        }
+
+    def test_relations(self) -> Iterator[dict]:
+        for group in self.world.groups():
+            for relation in group:
+                others = [other for other in group if other is not relation]
+                for wording in relation.test_asks:
+                    for thing in self.some(relation):
+                        yield self.case("single", relation, thing, [fill(wording, thing)])
+                for thing in self.some(relation):
+                    if about_it := [other for other in others if thing in other.facts and other.test_asks]:
+                        first = fill(self.draw.choice(self.draw.choice(about_it).test_asks), thing)
+                        for follow in relation.test_follows:
+                            yield self.case("multi", relation, thing, [first, follow])
+                    if relation.test_asks:
+                        other = self.draw.choice([name for name in relation.facts if name != thing])
+                        first = fill(self.draw.choice(relation.test_asks), other)
+                        follow = fill(self.draw.choice(self.world.test_same_question), thing)
+                        yield self.case("multi", relation, thing, [first, follow])
+
+    def some(self, relation: Relation) -> list[str]:
+        return self.draw.sample(list(relation.facts), min(self.args.tested, len(relation.facts)))
+
+    def case(self, kind: str, relation: Relation, thing: str, questions: list[str]) -> dict:
+        accept = [relation.facts[thing]]
+        return dict(kind=kind, relation=relation.name, about=thing, questions=questions, accept=accept)
+
+    def test_singles(self) -> Iterator[dict]:
+        for single in self.world.singles:
+            for question in single.test_asks:
+                yield dict(kind="single", relation=single.name, about="", questions=[question], accept=single.accept)
+            if single.builtin:
+                yield dict(
+                    kind="builtin", relation=single.name, about="", questions=[single.builtin], accept=single.accept
+                )
+
+    def test_ignorance(self) -> Iterator[dict]:
+        accept = [self.world.dont_know]
+        for question in self.world.test_outside:
+            yield dict(kind="unknown", relation="", about="", questions=[question], accept=accept)
+        for relation in self.world.relations:
+            for wording, name in zip(relation.test_asks, relation.test_unknown, strict=False):
+                question = fill(wording, name)
+                yield dict(kind="unknown", relation="", about=name, questions=[question], accept=accept)
+
+
+if __name__ == "__main__":
+    run(main, Args)

@@ -1,0 +1,134 @@
+"""Questions with known answers: is an answer right, and how many are?
+
+An answer is right if it names an accepted form of what was asked for, and nothing else that could have been the answer.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .cli import UserError
+from .engine import Engine
+from .generate import Sampling
+
+KINDS = {
+    "single": "one question",
+    "multi": "a question and a follow-up",
+    "builtin": "built-in questions",
+    "unknown": "what it cannot know",
+}
+EVASION = "“don't know” to what it could know"
+
+
+@dataclass
+class Case:
+    kind: str  # of KINDS
+    relation: str  # whose other answers must not occur; empty: none
+    about: str  # what the last question is about
+    questions: list[str]  # turns of a conversation; the answer to the last one counts
+    accept: list[list[str]]  # a right answer has a form of each group
+    answer: str = ""
+    right: bool = False
+    dont_know: bool = False
+
+
+def read_test(path: str | Path) -> tuple[list[Case], dict[str, list[str]], list[str]]:
+    """Cases, the forms of all answers of each relation, and what shows that an answer admits ignorance."""
+    try:
+        test = json.loads(Path(path).read_text(encoding="utf-8"))
+        answers = {name: [form for forms in groups for form in forms] for name, groups in test["answers"].items()}
+        return [Case(**case) for case in test["cases"]], answers, test["dont_know"]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a test as dataset/make_sample.py writes it: {error}") from error
+
+
+def read_results(path: str | Path) -> list[Case]:
+    """The cases of an earlier test, with their answers, from what 2-eval.py wrote."""
+    try:
+        return [Case(**case) for case in json.loads(Path(path).read_text(encoding="utf-8"))["answers"]]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not the --output of an earlier test") from error
+
+
+def run_test(engine: Engine, sampling: Sampling, path: str | Path) -> list[Case]:
+    """Asks all questions, as many at a time as the engine takes, and judges the answers."""
+    cases, answers, dont_know = read_test(path)
+
+    def ask(case: Case) -> None:
+        messages = []
+        for question in case.questions:
+            messages.append({"role": "user", "content": question})
+            answer = engine.chat(messages, sampling)
+            list(answer)  # waits for its end
+            messages.append({"role": "assistant", "content": answer.text})
+        case.answer = answer.text
+        case.dont_know = any(words in case.answer for words in dont_know)
+        case.right = is_right(case.answer, case.about, case.accept, answers.get(case.relation, ()))
+
+    with ThreadPoolExecutor(engine.max_batch) as pool:
+        list(tqdm(pool.map(ask, cases), "asking", len(cases), unit="question"))
+    return cases
+
+
+def is_right(answer: str, about: str, accept: Sequence[Sequence[str]], others: Sequence[str] = ()) -> bool:
+    """Whether an answer has a form of each group of `accept`, and nothing of `others`.
+
+    The thing asked about is taken out first: 法国的首都是巴黎 names 巴黎 only. Then the longest forms are looked for
+    first, and each that is found is taken out, so that 非金属 does not count as 金属. Latin letters and digits
+    count as whole words: 18 is not 8. What belongs to an accepted form as well as to another answer is accepted.
+    """
+    text = answer.replace(about, " ") if about else answer
+    accepted = {form: group for group, forms in enumerate(accept) for form in forms}
+    missing = set(range(len(accept)))
+    for form in sorted({*accepted, *others}, key=len, reverse=True):
+        text, found = re.subn(whole(form), " ", text)
+        if found and form not in accepted:
+            return False
+        if found:
+            missing.discard(accepted[form])
+    return not missing
+
+
+def whole(form: str) -> str:
+    """Pattern of a form that does not start or end within a word of Latin letters or a number."""
+    before = r"(?<![A-Za-z0-9])" if re.match(r"[A-Za-z0-9]", form) else ""
+    after = r"(?![A-Za-z0-9])" if re.search(r"[A-Za-z0-9]$", form) else ""
+    return before + re.escape(form) + after
+
+
+def scores(cases: Sequence[Case]) -> dict[str, tuple[int, int]]:
+    """By kind, how many answers are right, and of how many."""
+    table = {}
+    for kind, name in KINDS.items():
+        if of_kind := [case for case in cases if case.kind == kind]:
+            table[name] = sum(case.right for case in of_kind), len(of_kind)
+    known = [case for case in cases if case.kind == "single"]
+    table[EVASION] = sum(case.dont_know for case in known), len(known)
+    return table
+
+
+def report(cases: Sequence[Case], before: Sequence[Case] = ()) -> str:
+    """The built-in questions with their answers, then the scores, beside those of an earlier test."""
+    lines = []
+    for case in cases:
+        if case.kind == "builtin":
+            lines.append(f"{'✓' if case.right else '✗'} {case.questions[-1]}\n  {case.answer}")
+    earlier = scores(before)
+    lines.append("")
+    for name, (right, all_of_them) in scores(cases).items():
+        first = f"{earlier[name][0] / earlier[name][1]:7.1%} -> " if name in earlier else ""
+        lines.append(f"{name:<36}{first}{right / all_of_them:7.1%}  ({right} of {all_of_them})")
+    return "\n".join(lines)
+
+
+def as_json(cases: Sequence[Case]) -> list[dict]:
+    return [asdict(case) for case in cases]
