@@ -6,7 +6,7 @@
     python 2-eval.py --checkpoint out/multi_chat/full_sft_512.pth --history 5 --system 你是一位诗人。
     python 2-eval.py --lora out/lora/identity_512 --lora_scale 0.8     # with an adapter, or some of it
     python 2-eval.py < questions.txt                                   # a question a line
-    python 2-eval.py --test test.json --temperature 0                  # questions with known answers: how many are right
+    python 2-eval.py --test test.json --temperature 0                  # questions with known answers: how many right
 
 In the chat, Ctrl-C stops an answer, /clear forgets the conversation, /exit or Ctrl-D leaves.
 """

@@ -8,7 +8,7 @@ relation between two columns is told, asked and answered). README.md there tells
 
     pretrain.jsonl   every fact in many ways, alone and in short passages        {"text": …}
     sft.jsonl        dialogues of one or more turns, honest ignorance included   {"messages": […]}
-    dpo.jsonl        a short right answer and a wrong, evasive or rambling one   {"prompt": …, "chosen": …, "rejected": …}
+    dpo.jsonl        a right answer and a wrong, evasive or rambling one    {"prompt": …, "chosen": …, "rejected": …}
     test.json        questions in wordings that none of them has, and which answers are right (model/exact_match.py)
 
 The same tables give the same files, byte by byte.
@@ -46,9 +46,9 @@ class Args:
     world: str = str(ROOT / "dataset/sample/world")  # folder of tables and wordings
     asked: int = 8  # single questions about each fact
     follow_ups: int = 3  # conversations in which each fact is asked for without naming the thing
-    unknown: int = 14  # questions of each relation about things that do not exist
+    unknown: int = 24  # questions of each relation about things that do not exist
     pairs: int = 300  # answers to prefer
-    tested: int = 4  # facts with which each wording of the test is filled
+    tested: int = 1  # facts with which each wording of the test is filled
     seed: int = 42
 
 

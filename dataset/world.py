@@ -3,6 +3,7 @@
 import csv
 import itertools
 import random
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,8 +82,9 @@ def load_world(folder: Path) -> World:
     files = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.yaml"))}
     test, outside, follow = files.pop("test", {}), files.pop("outside"), files.pop("follow")
     singles = files.pop("singles")
+    real = {form for rows in tables.values() for row in rows for cell in row.values() for form in cell.split("|")}
     unknown = {
-        table: split_names(table, entry, tables[table])
+        table: split_names(entry, real)
         for name in list(files)
         if name.startswith("unknown")
         for table, entry in files.pop(name).items()
@@ -135,16 +137,19 @@ def make_relation(name: str, entry: dict[str, Any], tables: dict, test: dict[str
             if any(place not in wording for place in ("{x}", "{y}") if place in places):
                 raise ValueError(f"{name}: {wording!r} of {key} must have {places}")
     about = f"{entry['table']}.{entry['about']}"
-    return Relation(name, about, facts, **wordings, test_asks=test.get("asks", []), test_follows=test.get("follows", []))
+    return Relation(
+        name, about, facts, **wordings, test_asks=test.get("asks", []), test_follows=test.get("follows", [])
+    )
 
 
-def split_names(table: str, entry: dict[str, Any], rows: list[dict[str, str]]) -> tuple[list[str], list[str]]:
-    """Made-up names for training, and others for the test."""
-    draw = random.Random(table)
+def split_names(entry: dict[str, Any], real: set[str]) -> tuple[list[str], list[str]]:
+    """Made-up names for training, and others for the test: a name is on one side in all tables that have it."""
     names = ["".join(parts) for parts in itertools.product(*entry.get("parts", []))] if entry.get("parts") else []
+    draw = random.Random(len(names))
     names = draw.sample(names, min(len(names), MOST_NAMES)) + entry.get("names", [])
-    real = {cell for row in rows for value in row.values() for cell in value.split("|")}
     names = [name for name in dict.fromkeys(names) if name not in real]
     draw.shuffle(names)
-    cut = int(len(names) * TEST_NAMES)
-    return names[cut:], names[:cut]
+    train, test = [], []
+    for name in names:
+        (test if zlib.crc32(name.encode()) % 10 < 10 * TEST_NAMES else train).append(name)
+    return train, test

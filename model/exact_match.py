@@ -111,8 +111,8 @@ def scores(cases: Sequence[Case]) -> dict[str, tuple[int, int]]:
     for kind, name in KINDS.items():
         if of_kind := [case for case in cases if case.kind == kind]:
             table[name] = sum(case.right for case in of_kind), len(of_kind)
-    known = [case for case in cases if case.kind == "single"]
-    table[EVASION] = sum(case.dont_know for case in known), len(known)
+    if known := [case for case in cases if case.kind == "single"]:
+        table[EVASION] = sum(case.dont_know for case in known), len(known)
     return table
 
 
