@@ -256,7 +256,13 @@ class OutputHead(nn.Linear):
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is None:
             return super().forward(x)  # B T V
-        return SummedCrossEntropy.apply(x.flatten(0, -2), self.weight, labels.flatten(), torch.is_grad_enabled())
+        x, labels = x.flatten(0, -2), labels.flatten()
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            # Only answers are trained in fine-tuning. (Where a GPU would have to wait for the count, or a compiler not
+            # know the shape, untrained tokens cost their logits and are multiplied by 0.)
+            trained = (labels != IGNORED_LABEL).nonzero()[:, 0]
+            x, labels = x[trained], labels[trained]
+        return SummedCrossEntropy.apply(x, self.weight, labels, torch.is_grad_enabled())
 
 
 class SummedCrossEntropy(torch.autograd.Function):
