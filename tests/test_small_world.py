@@ -135,6 +135,9 @@ def test_the_built_in_questions_are_all_there(sample):
     asked = [case["questions"][0] for case in sample["test"]["cases"] if case["kind"] == "builtin"]
     assert len(set(asked)) == len(asked) == 24
     assert all(f'"{question}"' in text for question in asked)
+    for path in (ROOT / "dataset" / "sample").iterdir():
+        if path.is_file():
+            assert not [question for question in asked if question in path.read_text(encoding="utf-8")], path
 
 
 def test_unknown_names_are_unknown(world, sample):
