@@ -366,7 +366,7 @@ def test_alone_it_makes_everything_of_the_sample(tmp_path):
     done = run_script(cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     made = tmp_path / "dataset"
-    assert leftovers(made) == {path.name for path in (made / "sample").iterdir()}
+    assert leftovers(made) == {path.name for path in (made / "sample").rglob("*") if path.is_file()}
     texts = [json.loads(line)["text"] for line in (made / "sample/pretrain.jsonl").read_text().splitlines()]
     assert documents_of(made, load_tokenizer()) == texts
     rows = len((made / "sample/sft.jsonl").read_text().splitlines())
