@@ -44,16 +44,17 @@ class Args:
 
     out_dir: str = "out/demo/sample"  # folder to write to
     world: str = str(ROOT / "dataset/sample/world")  # folder of tables and wordings
+    share: float = 1.0  # how much of each table to use: less is learnt faster
     asked: int = 8  # single questions about each fact
     follow_ups: int = 3  # conversations in which each fact is asked for without naming the thing
     unknown: int = 24  # questions of each relation about things that do not exist
     pairs: int = 300  # answers to prefer
-    tested: int = 1  # facts with which each wording of the test is filled
+    tested: int = 8  # questions of the test about each relation, single ones and follow-ups each
     seed: int = 42
 
 
 def main(args: Args) -> None:
-    world = load_world(Path(args.world))
+    world = load_world(Path(args.world), args.share)
     writer = Writer(world, args)
     folder = Path(args.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -218,23 +219,24 @@ class Writer:
     def test_relations(self) -> Iterator[dict]:
         for group in self.world.groups():
             for relation in group:
-                others = [other for other in group if other is not relation]
-                for wording in relation.test_asks:
-                    for thing in self.some(relation):
-                        yield self.case("single", relation, thing, [fill(wording, thing)])
-                for thing in self.some(relation):
-                    if about_it := [other for other in others if thing in other.facts and other.test_asks]:
-                        first = fill(self.draw.choice(self.draw.choice(about_it).test_asks), thing)
-                        for follow in relation.test_follows:
-                            yield self.case("multi", relation, thing, [first, follow])
-                    if relation.test_asks:
+                for number, thing in zip(range(self.args.tested), self.things(relation), strict=False):
+                    wording = relation.test_asks[number % len(relation.test_asks)]
+                    yield self.case("single", relation, thing, [fill(wording, thing)])
+                for number, thing in zip(range(self.args.tested), self.things(relation), strict=False):
+                    others = [r for r in group if r is not relation and thing in r.facts]
+                    if number % 2 and others and relation.test_follows:
+                        first = fill(self.draw.choice(self.draw.choice(others).test_asks), thing)
+                        follow = self.draw.choice(relation.test_follows)
+                    else:
                         other = self.draw.choice([name for name in relation.facts if name != thing])
                         first = fill(self.draw.choice(relation.test_asks), other)
                         follow = fill(self.draw.choice(self.world.test_same_question), thing)
-                        yield self.case("multi", relation, thing, [first, follow])
+                    yield self.case("multi", relation, thing, [first, follow])
 
-    def some(self, relation: Relation) -> list[str]:
-        return self.draw.sample(list(relation.facts), min(self.args.tested, len(relation.facts)))
+    def things(self, relation: Relation) -> Iterator[str]:
+        """In random order, again and again."""
+        while True:
+            yield from self.draw.sample(list(relation.facts), len(relation.facts))
 
     def case(self, kind: str, relation: Relation, thing: str, questions: list[str]) -> dict:
         accept = [relation.facts[thing]]
@@ -242,20 +244,18 @@ class Writer:
 
     def test_singles(self) -> Iterator[dict]:
         for single in self.world.singles:
-            for question in single.test_asks:
-                yield dict(kind="single", relation=single.name, about="", questions=[question], accept=single.accept)
             if single.builtin:
-                yield dict(
-                    kind="builtin", relation=single.name, about="", questions=[single.builtin], accept=single.accept
-                )
+                questions = [single.builtin]
+                yield dict(kind="builtin", relation=single.name, about="", questions=questions, accept=single.accept)
 
     def test_ignorance(self) -> Iterator[dict]:
         accept = [self.world.dont_know]
         for question in self.world.test_outside:
             yield dict(kind="unknown", relation="", about="", questions=[question], accept=accept)
         for relation in self.world.relations:
-            for wording, name in zip(relation.test_asks, relation.test_unknown, strict=False):
-                question = fill(wording, name)
+            names = self.draw.sample(relation.test_unknown, min(self.args.tested // 2, len(relation.test_unknown)))
+            for name in names:
+                question = fill(self.draw.choice(relation.test_asks), name)
                 yield dict(kind="unknown", relation="", about=name, questions=[question], accept=accept)
 
 
