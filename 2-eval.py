@@ -66,6 +66,7 @@ class Args(InferenceOptions):
     system: str = ""  # what the model is told before the conversation
     test: str = ""  # ask the questions of this file, whose right answers are known (dataset/make_sample.py writes one)
     compare: str = ""  # with --test: the --output of an earlier test, to show both results
+    floor: float = 0.0  # with --test: it is an error if a smaller share of the single questions is answered right
     output: str = ""  # JSON file for the questions and answers
 
 
@@ -181,7 +182,7 @@ def ask_all(conversation: Conversation, questions: Iterable[str]) -> None:
 def examine(args: Args, sampling: "Sampling") -> None:
     """Asks the questions of a test, many at a time, and says how many answers are right."""
     from model.engine import load_engine
-    from model.exact_match import as_json, read_results, report, run_test
+    from model.exact_match import KINDS, as_json, read_results, report, run_test, scores
 
     before = read_results(args.compare) if args.compare else []
     with load_engine(args, stages=("full_sft", "dpo"), max_batch=TEST_BATCH) as engine:
@@ -189,6 +190,9 @@ def examine(args: Args, sampling: "Sampling") -> None:
         if args.output:
             save(args, str(engine.path), as_json(cases))
         print(report(cases, before))
+    right, asked = scores(cases).get(KINDS["single"], (0, 0))
+    if right < args.floor * asked:
+        raise UserError(f"{right} of {asked} single questions are answered right, less than {args.floor:.0%}")
 
 
 def save(args: Args, checkpoint: str, answers: list[dict[str, Any]]) -> None:
