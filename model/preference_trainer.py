@@ -6,7 +6,6 @@ written, when, and what is read from them.
 
 import math
 import os
-import signal
 import time
 import warnings
 from collections.abc import Callable
@@ -33,9 +32,9 @@ from .metrics import MetricsFile
 from .model import Transformer
 from .optim import ADAM_BETAS
 from .preferences import PairCollator, PreferenceData
-from .resume import find_state, random_state, run_facts, set_random_state, stop_signals
+from .resume import end_by_signal, find_state, random_state, run_facts, set_random_state, stop_signals
 from .trainer import MOST_BAD_IN_A_ROW, peak_memory, pick_dtype
-from .training_state import begin_state, finish_state, states_folder
+from .training_state import begin_state, finish_state, save_or_warn, states_folder
 
 warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)  # trl's name for it
 NAMES = {  # of trl's figures, in our metrics
@@ -80,7 +79,7 @@ class PreferenceTrainer(DPOTrainer):
         more = {"rows of a step": self.rows_each, "dtype": str(dtype), "engine": "trl"}
         self.facts = run.from_main(lambda: run_facts(args, model.config, data.path, tokenizer, **more))
         self.base_sha256 = base_hash(model) if adapter else ""
-        self.bad_in_a_row, self.tokens, self.since, self.random = 0, 0, 0.0, []
+        self.bad_in_a_row, self.tokens, self.since, self.random, self.signum = 0, 0, 0.0, [], 0
         os.environ.setdefault("DS_ACCELERATOR", run.device.type)  # else accelerate has DeepSpeed guess aloud
         super().__init__(
             model=model.train(),
@@ -107,7 +106,7 @@ class PreferenceTrainer(DPOTrainer):
             Stopped: SIGINT or SIGTERM came; the step at work was finished and everything saved.
         """
         state = self.run.from_main(lambda: find_state(self.weights, self.facts, self.total_steps, self.options))
-        first = state.step if state else 0
+        first = self.saved_step = state.step if state else 0
         if first >= self.total_steps:
             self.run.print(f"{self.weights} is finished, {first} steps: a larger --max_steps or --epochs goes on")
             return
@@ -131,29 +130,34 @@ class PreferenceTrainer(DPOTrainer):
         if isinstance(self.model_wrapped, DistributedDataParallel):
             self.run.wrapped.append(self.model_wrapped)
         if self.state.global_step < self.total_steps:
-            name = signal.Signals(self.signum).name
-            self.run.print(
-                f"stopped by {name} after step {self.state.global_step}; the same command goes on from there"
-            )
-            raise Stopped(self.signum)
+            end_by_signal(self.run, self.signum, self.state.global_step, self.saved_step)
         self.run.print(
             f"saved {self.weights} after {self.total_steps} steps, {(time.monotonic() - started) / 60:.1f} min, "
             f"peak memory {peak_memory(self.run.device):.2f} GB"
         )
+        if self.signum:  # it came in the last step
+            raise Stopped(self.signum)
 
     def after_step(self, control: TrainerControl) -> None:
         step, options = self.state.global_step, self.options
-        # A signal need not reach all processes in the same step, but they must end in the same one.
-        signums = self.run.gather(self.stop_signal.signum)
-        self.signum = max(signums)
         last = step >= self.total_steps
         if self.validate and (last or (options.val_interval and step % options.val_interval == 0)):
             self.log_validation()
         due = bool(options.save_interval) and step % options.save_interval == 0
+        stopped = self.stopped()
         control.should_log |= last or step == 1
-        control.should_save = last or due or self.signum > 0
-        control.should_training_stop |= last or self.signum > 0
+        control.should_save = last or due or stopped
+        control.should_training_stop |= last or stopped
         self.bar.update()
+
+    def after_save(self, control: TrainerControl) -> None:
+        """A signal that came meanwhile ends the run here, before a step that would have to be saved, too."""
+        control.should_training_stop |= self.stopped() and self.saved_step == self.state.global_step
+
+    def stopped(self) -> bool:
+        """Whether a signal has come to any process: all of them must end in the same step."""
+        self.signum = max(self.run.gather(self.stop_signal.signum))
+        return self.signum > 0
 
     def log_validation(self) -> None:
         started = time.monotonic()
@@ -190,25 +194,23 @@ class PreferenceTrainer(DPOTrainer):
         return norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """In place of transformers': a training state of ours. What cannot be written is a warning until the end."""
-        started = time.monotonic()
+        """In place of transformers': weights, then a training state of ours."""
+        started, step = time.monotonic(), self.state.global_step
+        self.run.attempt(self.draw)  # for want of a picture nothing is lost
         content = {"random": self.run.gather(random_state())}
-        error = self.run.attempt(partial(self.write, content))
+        works = (self.write_weights, partial(self.write_state, content))
+        if save_or_warn(self.run, states_folder(self.weights), step, step >= self.total_steps, works):
+            self.saved_step = step
         self.since += time.monotonic() - started
-        if error is None:
-            return
-        message = f"step {self.state.global_step} could not be saved: {error}"
-        if self.state.global_step >= self.total_steps:
-            self.run.fail(message)
-        if self.run.is_main:
-            tqdm.write(f"warning: {message}")
 
-    def write(self, content: dict[str, Any]) -> None:
-        """Weights first, then the state. All processes have the same: one writes."""
+    def draw(self) -> None:
+        if self.run.is_main:
+            draw_preference_curves(self.metrics.path, self.weights.with_suffix(".png"))
+
+    def write_state(self, content: dict[str, Any]) -> None:
+        """All processes have the same: one writes."""
         if not self.run.is_main:
             return
-        self.write_weights()
-        draw_preference_curves(self.metrics.path, self.weights.with_suffix(".png"))
         self.metrics.flush()
         folder = begin_state(states_folder(self.weights), self.state.global_step)
         scaler = self.accelerator.scaler
@@ -225,6 +227,8 @@ class PreferenceTrainer(DPOTrainer):
 
     def write_weights(self) -> None:
         """The model; with an adapter that one, and at the end also the model with it in its weights."""
+        if not self.run.is_main:
+            return
         state = self.state
         facts = dict(stage=self.weights.stem, step=state.global_step, beta=self.beta, loss_type=self.options.loss_type)
         if not self.base_sha256:
@@ -262,6 +266,10 @@ class BetweenSteps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> TrainerControl:
         self.trainer.after_step(control)
+        return control
+
+    def on_save(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> TrainerControl:
+        self.trainer.after_save(control)
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:

@@ -9,14 +9,15 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from .checkpoint import LMCONFIG_FIELDS, file_hash, weights_hash
-from .cli import UserError
+from .cli import Stopped, UserError
+from .distributed import Run
 from .LMConfig import LMConfig
 from .options import TrainingOptions
 from .tokenizer import tokenizer_hash
@@ -144,3 +145,10 @@ def stop_signals() -> Iterator[StopSignal]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def end_by_signal(run: Run, signum: int, step: int, saved_step: int) -> NoReturn:
+    """Says after which step the run has stopped, and after which one it goes on."""
+    name = signal.Signals(signum).name
+    run.print(f"stopped by {name} after step {step}; the same command goes on after step {saved_step}")
+    raise Stopped(signum)

@@ -31,12 +31,12 @@ from .metrics import Group, MetricsFile, Window
 from .model import LMOutput, Transformer
 from .optim import learning_rate_factor
 from .options import TrainingOptions
-from .resume import find_state, random_state, run_facts, set_random_state, stop_signals
+from .resume import end_by_signal, find_state, random_state, run_facts, set_random_state, stop_signals
 from .training_state import (
     TrainingState,
     begin_state,
     finish_state,
-    remove_unfinished,
+    save_or_warn,
     states_folder,
     unfinished_state,
 )
@@ -237,11 +237,7 @@ class Trainer:
             tqdm.write(f"step {self.place.step}: {words}")
 
     def save(self) -> None:
-        """Weights, then the training state: a run whose state says that it is finished has its weights in place.
-
-        What cannot be written is a warning as long as the run goes on, since the next interval tries again; at its end
-        it is an error.
-        """
+        """Weights, then the training state: a run whose state says that it is finished has its weights in place."""
         self.run.attempt(self.draw)  # for want of a picture nothing is lost
         self.window.sum(self.run)
         random = self.run.gather(random_state())
@@ -253,17 +249,9 @@ class Trainer:
             self.write_shard,
             partial(self.close_state, content),
         )
-        error = next(filter(None, map(self.run.attempt, works)), None)
-        if error is None:
+        last = self.place.step >= self.total_steps
+        if save_or_warn(self.run, states_folder(self.weights), self.place.step, last, works):
             self.saved_step = self.place.step
-            return
-        if self.run.is_main:
-            remove_unfinished(states_folder(self.weights))  # a full disk has no room for half a state
-        message = f"step {self.place.step} could not be saved: {error}"
-        if self.place.step >= self.total_steps:
-            self.run.fail(message)
-        if self.run.is_main:
-            tqdm.write(f"warning: {message}")
 
     def draw(self) -> None:
         if self.run.is_main:
@@ -292,11 +280,7 @@ class Trainer:
         self.bar.close()
         if self.place.step > self.saved_step:
             self.save()
-        name = signal.Signals(signum).name
-        self.run.print(
-            f"stopped by {name} after step {self.place.step}; the same command goes on after step {self.saved_step}"
-        )
-        raise Stopped(signum)
+        end_by_signal(self.run, signum, self.place.step, self.saved_step)
 
     def finish(self) -> None:
         self.bar.close()

@@ -12,13 +12,16 @@ last two are kept, so that a newest one that the disk has damaged costs no more 
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from .checkpoint import file_hash, flush, write_json, write_tensors
 from .cli import UserError
+from .distributed import Run
 
 KEPT = 2
 SUMS = "SHA256SUMS"
@@ -29,6 +32,25 @@ class TrainingState(NamedTuple):
     step: int
     facts: dict[str, Any]
     content: dict[str, Any]
+
+
+def save_or_warn(run: Run, folder: Path, step: int, last: bool, works: Iterable[Callable[[], None]]) -> bool:
+    """Does `works`, the writing of weights and state, one after the other on every process; whether all are done.
+
+    What cannot be written is a warning as long as the run goes on, since the next interval tries again; at its `last`
+    step it is an error.
+    """
+    error = next(filter(None, map(run.attempt, works)), None)
+    if error is None:
+        return True
+    if run.is_main:
+        remove_unfinished(folder)  # a full disk has no room for half a state
+    message = f"step {step} could not be saved: {error}"
+    if last:
+        run.fail(message)
+    if run.is_main:
+        tqdm.write(f"warning: {message}")
+    return False
 
 
 def states_folder(weights: Path) -> Path:

@@ -350,6 +350,35 @@ def test_a_stopped_run_saves_and_goes_on(base, tmp_path):
     assert_same_run(weights, tmp_path / "whole" / "out" / "dpo_32.pth")
 
 
+def test_a_signal_in_the_middle_of_saving_ends_the_run_there(base, tmp_path, monkeypatch, capsys):
+    write_state, saved = PreferenceTrainer.write_state, []
+
+    def interrupted(self, content):
+        write_state(self, content)
+        saved.append(self.state.global_step)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(PreferenceTrainer, "write_state", interrupted)
+    for step, flags in [(5, []), (16, ["--save_interval", "16"])]:  # in an interval, and in the last step of all
+        with pytest.raises(cli.Stopped):
+            train(SCRIPT, flags_of(base, tmp_path, *flags, "--log_interval", "1"))
+        assert saved.pop() == step and not saved
+        assert [each["step"] for each in metrics(tmp_path / "out" / "dpo_32.metrics.jsonl")][-1] == step
+    assert "stopped by SIGTERM after step 5; the same command goes on after step 5" in capsys.readouterr().out
+
+
+def test_without_a_picture_nothing_is_lost(base, tmp_path, monkeypatch, capsys):
+    def full_disk(metrics, picture):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("model.preference_trainer.draw_preference_curves", full_disk)
+    train(SCRIPT, flags_of(base, tmp_path, "--max_steps", 6))
+    weights = tmp_path / "out" / "dpo_32.pth"
+    assert steps_in(states_folder(weights)) == [5, 6] and not weights.with_suffix(".png").exists()
+    assert json.loads(weights.with_suffix(".json").read_text())["step"] == 6
+    assert "could not be saved" not in capsys.readouterr().out
+
+
 def test_there_is_no_muon_and_no_deepspeed(capsys):
     module = load_script(SCRIPT)
     for flags in (
