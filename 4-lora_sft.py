@@ -26,7 +26,7 @@ from model.options import TrainingOptions
 class Train(TrainingOptions):
     """Train an adapter on dialogues of data_process.py (the default)."""
 
-    lora_name: str = "identity"  # of the adapter: letters, digits, _ and -
+    lora_name: str = "identity"  # of the adapter: letters, digits, _ and -; not dpo, which 5-dpo_train.py --lora takes
     data_path: str = "dataset/sample/lora_identity.csv"  # dialogues: columns history, q, a
     val_path: str = ""  # held-out dialogues, in the same form
     init_from: str = ""  # chat model; empty: the newest one in out_dir
@@ -37,7 +37,7 @@ class Train(TrainingOptions):
     """matrices that get an adapter; the head cannot have one, it is the embedding, too"""
     packing: bool = True  # several conversations in a row; off: one each, and padding
     epochs: int = 40  # times through the data; many, as the identity dialogues are few
-    batch_size: int = 4  # rows of a micro-batch, in each process
+    batch_size: int | Literal["auto"] = 4  # rows of a micro-batch, in each process; auto: as many of a step as fit
     learning_rate: float = 5e-3  # the highest, after the warm-up
     warmup_steps: int = 10  # steps in which the learning rate rises
     optimizer: Literal["auto", "muon", "adamw"] = "adamw"  # auto: muon
@@ -83,6 +83,8 @@ def train(args: Train) -> None:
 
     if not re.fullmatch(r"[\w-]+", args.lora_name):
         raise UserError(f"--lora_name {args.lora_name}: it names a folder: letters, digits, _ and - only")
+    if args.lora_name == "dpo":
+        raise UserError("--lora_name dpo: that folder is for adapters of 5-dpo_train.py --lora; choose another name")
     with launch(args.device) as run:
         torch.manual_seed(args.seed)
         base, tokenizer = load_model(args.init_from, tokenizer=args.tokenizer or None)

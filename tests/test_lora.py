@@ -178,6 +178,13 @@ def test_matrices_without_adapters_are_refused(name):
         lora_config(make_model(), 4, 8, 0.0, [*TARGETS, name])
 
 
+@pytest.mark.parametrize(("name", "words"), [("dpo", "choose another name"), ("a/b", "letters, digits")])
+def test_names_that_cannot_be_a_folder_of_its_own_are_refused(name, words, base, tmp_path):
+    with pytest.raises(UserError, match=f"--lora_name {name}: .*{words}"):
+        train(SCRIPT, flags_of(base, tmp_path / "out", "--lora_name", name))
+    assert not (tmp_path / "out").exists()
+
+
 def same_adapter(folder: Path, other: Path) -> None:
     ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (folder, other))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
