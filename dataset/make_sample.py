@@ -45,7 +45,8 @@ class Args:
     out_dir: str = "out/demo/sample"  # folder to write to
     world: str = str(ROOT / "dataset/sample/world")  # folder of tables and wordings
     share: float = 1.0  # how much of each table to use: less is learnt faster
-    asked: int = 8  # single questions about each fact
+    asked: int = 7  # single questions about each fact, in the wordings of its relation
+    asked_otherwise: int = 4  # ... and with the thing named first, or as a statement with a gap
     follow_ups: int = 3  # conversations in which each fact is asked for without naming the thing
     unknown: int = 24  # questions of each relation about things that do not exist
     pairs: int = 300  # answers to prefer
@@ -111,10 +112,12 @@ class Writer:
     def dialogues(self) -> Iterator[list[Message]]:
         for relation in self.world.relations:
             for thing in relation.facts:
-                wordings = self.sample(relation.asks, self.args.asked)
-                yield from (self.asked(relation, thing, wording) for wording in wordings)
+                for wording in self.sample(relation.asks, self.args.asked):
+                    yield self.asked(relation, thing, wording)
+                for _ in range(self.args.asked_otherwise):
+                    yield turn(self.otherwise(relation, thing), self.reply(relation, thing))
         for single in self.world.singles:
-            for wording in single.asks * 3:
+            for wording in single.asks * 2:
                 yield turn(self.dressed(wording), self.draw.choice(single.replies))
         yield from self.follow_ups()
         yield from self.ignorance()
@@ -128,8 +131,18 @@ class Writer:
         wording = wording or self.draw.choice(relation.asks)
         return turn(self.dressed(fill(wording, thing)), self.reply(relation, thing))
 
+    def otherwise(self, relation: Relation, thing: str) -> str:
+        """The thing named first, or a statement with a gap."""
+        if relation.follows and self.draw.random() < 0.5:
+            follow = self.draw.choice(relation.follows)
+            return self.draw.choice(self.world.frames["first"]).replace("{f}", follow).replace("{x}", thing)
+        statement = fill(self.draw.choice(relation.tells), thing, "（）")
+        return self.draw.choice(self.world.frames["blank"]).replace("{t}", statement)
+
     def dressed(self, question: str) -> str:
-        """Sometimes with a polite word before it, sometimes without its question mark, as people type."""
+        """Sometimes with words around it, or a polite one before it, or without its question mark, as people type."""
+        if self.draw.random() < 0.35:
+            return self.draw.choice(self.world.frames["around"]).replace("{q}", question)
         if self.draw.random() < 0.15:
             question = self.draw.choice(POLITE) + question
         return question.rstrip("？。") if self.draw.random() < 0.1 else question
@@ -174,7 +187,10 @@ class Writer:
             yield turn(self.dressed(question), self.draw.choice(self.world.outside_replies))
         for relation in self.world.relations:
             for name in self.draw.sample(relation.unknown, min(self.args.unknown, len(relation.unknown))):
-                yield turn(self.dressed(fill(self.draw.choice(relation.asks), name)), self.unknown_reply(name))
+                question = self.dressed(fill(self.draw.choice(relation.asks), name))
+                if self.draw.random() < 0.3:
+                    question = self.otherwise(relation, name)
+                yield turn(question, self.unknown_reply(name))
                 if relation.facts and self.draw.random() < 0.3:
                     first = self.asked(relation, self.draw.choice(list(relation.facts)))
                     question = fill(self.draw.choice(self.world.same_question), name)

@@ -60,6 +60,7 @@ class World:
     dont_know: list[str]  # what shows that an answer admits ignorance
     same_question: list[str]  # the same question about another thing {x}
     test_same_question: list[str]
+    frames: dict[str, list[str]]  # how questions come along: around, first, blank
 
     @property
     def num_facts(self) -> int:
@@ -84,6 +85,7 @@ def load_world(folder: Path, share: float = 1.0) -> World:
     tables = {name: rows[: round(share * len(rows))] for name, rows in tables.items()}
     files = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.yaml"))}
     test, outside, follow = files.pop("test", {}), files.pop("outside"), files.pop("follow")
+    frames = files.pop("frames")
     singles = [Single(name, **entry) for name, entry in files.pop("singles").items()]
     real = {form for rows in tables.values() for row in rows for cell in row.values() for form in cell.split("|")}
     unknown = {
@@ -110,6 +112,7 @@ def load_world(folder: Path, share: float = 1.0) -> World:
         dont_know=outside["dont_know"],
         same_question=follow["train"],
         test_same_question=follow["test"],
+        frames=frames,
     )
 
 
