@@ -23,6 +23,7 @@ class RowSource(Protocol):
     path: Path
     pad: int
     max_seq_len: int
+    num_tokens: int  # of an epoch, padding not counted
 
     def __len__(self) -> int: ...
     def row(self, index: int) -> Row: ...

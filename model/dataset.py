@@ -124,6 +124,7 @@ class PretrainDataset:
             raise UserError(f"{path} holds {len(self.tokens)} tokens, its .json says {self.description['tokens']}")
         self.bos, self.eos, self.pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
         self.max_seq_len = max_seq_len
+        self.num_tokens = len(self.tokens) + len(self) - 1  # the overlaps are trained on twice
 
     def __len__(self) -> int:
         return -(-(len(self.tokens) - 1) // (self.max_seq_len - 1))
@@ -191,7 +192,7 @@ class SFTDataset:
             raise UserError(f"{path} holds no conversation to train on ({dict(self.skipped)})")
         self.ids, self.mask = np.concatenate(ids), np.concatenate(masks)
         self.lengths = np.diff(self.starts)
-        self.rows = self.group()
+        self.rows, self.num_tokens = self.group(), len(self.ids)
 
     def read_conversations(self) -> Iterator[list[tuple[int, list[Message]]]]:
         """Lists of (row number, messages), a few thousand at a time."""

@@ -5,6 +5,7 @@ from typing import Literal
 
 from .cli import UserError
 
+AUTO = "auto"  # of --batch_size
 LEAST = dict(epochs=1, max_steps=0, batch_size=1, accumulation_steps=1, max_seq_len=2, warmup_steps=0)
 LEAST |= dict(learning_rate=0, weight_decay=0, grad_clip=0, log_interval=1, save_interval=0, val_interval=0)
 
@@ -12,8 +13,9 @@ LEAST |= dict(learning_rate=0, weight_decay=0, grad_clip=0, log_interval=1, save
 def check_numbers(options: object) -> None:
     """Raises UserError for a number that no training run can mean."""
     for name, lowest in LEAST.items():
-        if not lowest <= getattr(options, name) < float("inf"):
-            raise UserError(f"--{name} is {getattr(options, name)}, but must be at least {lowest}")
+        value = getattr(options, name)
+        if value != AUTO and not lowest <= value < float("inf"):
+            raise UserError(f"--{name} is {value}, but must be at least {lowest}")
 
 
 @dataclass
@@ -27,7 +29,7 @@ class TrainingOptions:
     accept_changes: bool = False  # go on although options or data are not those the run began with
     epochs: int = 1  # times through the data
     max_steps: int = 0  # end after so many steps, whatever the epochs say; 0: no limit
-    batch_size: int = 16  # rows of a micro-batch, in each process
+    batch_size: int | Literal["auto"] = 16  # rows of a micro-batch, in each process; auto: as many of a step as fit
     accumulation_steps: int = 1  # micro-batches of a step
     max_seq_len: int = 512  # tokens of a row
     learning_rate: float = 5e-3  # the highest, after the warm-up
@@ -45,9 +47,12 @@ class TrainingOptions:
     save_interval: int = 500  # steps between saved weights; the last step saves always
     val_interval: int = 500  # steps between validations; the last step validates always
     num_workers: int = 0  # processes that prepare batches, besides the training one
+    plan: bool = False  # only print what the run needs: memory, disk, time, and the largest batch_size that fits
 
     def __post_init__(self):
         check_numbers(self)
+        if self.deepspeed and (self.plan or self.batch_size == AUTO):
+            raise UserError("--plan and --batch_size auto do not know what --deepspeed needs: leave out one of the two")
         if self.deepspeed and self.optimizer == "muon":
             raise UserError(
                 "--optimizer muon needs whole matrices, but --deepspeed cuts them up (ZeRO): leave out one of the two, "

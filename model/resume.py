@@ -29,7 +29,7 @@ FREE_OPTIONS = {
     *("data_path", "val_path", "tokenizer", "init_from", "model", "out_dir", "stage", "batch_size"),
     *("accumulation_steps", "epochs", "max_steps", "device", "compile", "num_workers", "deepspeed"),
     *("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe"),  # 0 means the preset's; the model's own are compared
-    *("log_interval", "save_interval", "val_interval", "resume", "accept_changes", "lora_name", "merge"),
+    *("log_interval", "save_interval", "val_interval", "resume", "accept_changes", "lora_name", "merge", "plan"),
 }
 FORM_OF_STATE = ("engine", "processes")  # facts without which a state cannot even be read
 

@@ -5,7 +5,6 @@ output to `step`.
 """
 
 import math
-import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +30,8 @@ from .metrics import Group, MetricsFile, Window
 from .model import LMOutput, Transformer
 from .optim import learning_rate_factor
 from .options import TrainingOptions
+from .plan import plan_ahead
+from .probe import peak_bytes
 from .resume import end_by_signal, find_state, random_state, run_facts, set_random_state, stop_signals
 from .training_state import (
     TrainingState,
@@ -79,6 +80,7 @@ class Trainer:
         self.raw_model, self.data, self.args, self.run = model.train(), data, args, run
         self.weights, self.tokenizer, self.validate, self.save_weights = weights, tokenizer, validate, save
         self.dtype = pick_dtype(args.dtype, run.device)
+        plan_ahead(model, data, args, run, weights, self.dtype)  # settles args.batch_size, or ends here
         self.parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)  # ZeRO-3 hides them
         self.backend = build_backend(model, args, run, self.dtype)
         self.model = self.backend.model
@@ -302,6 +304,4 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def peak_memory(device: torch.device) -> float:
     """GB: of the GPU where there is one, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return peak_bytes(device) / 1e9
