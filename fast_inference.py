@@ -91,6 +91,9 @@ class Args:
 
     out_dir: str = "out"  # where to look for checkpoints and adapters
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
+    tokenizer: str = ""  # folder of the tokenizer, for weights without a .json beside them; empty: the shipped one
+    rope_theta: float | None = None  # base of the rotary wavelengths, for such weights; none: 10000
+    n_heads: int | None = None  # query heads, for such weights; none: 16
 
 
 @dataclass
@@ -222,12 +225,12 @@ def with_line_breaks(text: str) -> str:
 
 
 @st.cache_resource(max_entries=3, on_release=lambda engine: engine.close())
-def engine_of(checkpoint: str, written: float, adapter: str, device: str) -> "Engine":
+def engine_of(checkpoint: str, written: float, **options: Any) -> "Engine":
     """Loaded once for all visitors; `written` is when the checkpoint was, so that a new one of that name is seen."""
     from model.engine import load_engine
     from model.options import InferenceOptions
 
-    return load_engine(InferenceOptions(checkpoint=checkpoint, lora=adapter, device=device), max_batch=8)
+    return load_engine(InferenceOptions(checkpoint=checkpoint, **options), max_batch=8)
 
 
 def engine_source(
@@ -238,7 +241,10 @@ def engine_source(
     from model.generate import Sampling
 
     path = settings.checkpoint
-    engine = engine_of(path, Path(path).stat().st_mtime, settings.adapter, args.device)
+    options: dict[str, Any] = dict(lora=settings.adapter, device=args.device)
+    if not Path(path).with_suffix(".json").is_file():  # nothing tells what these weights are, but the command line
+        options |= dict(tokenizer=args.tokenizer, rope_theta=args.rope_theta, n_heads=args.n_heads)
+    engine = engine_of(path, Path(path).stat().st_mtime, **options)
 
     def ask(messages: list["Message"], reply: dict[str, str]) -> Iterator[str]:
         try:

@@ -115,9 +115,8 @@ def load(
             name, separator, path = entry.partition("=")
             if not separator or not name or name in engines:
                 raise UserError(f"--also {entry}: must be NAME=PATH, with a name of its own")
-            engines[name] = load_engine(
-                replace(args, checkpoint=path, tokenizer="", lora=""), STAGES, args.max_batch, args.max_queue
-            )
+            other = replace(args, checkpoint=path, tokenizer="", lora="", rope_theta=None, n_heads=None)
+            engines[name] = load_engine(other, STAGES, args.max_batch, args.max_queue)
         service.engines = engines
         host, port = listener.getsockname()[:2]
         print(f"serving {', '.join(engines)} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)

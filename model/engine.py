@@ -30,7 +30,7 @@ from .cli import UserError
 from .distributed import pick_device
 from .generate import Batch, Generation, Sampling
 from .model import Transformer
-from .options import InferenceOptions
+from .options import InferenceOptions, ModelOptions
 from .tokenizer import encode_texts
 
 T = TypeVar("T")
@@ -258,9 +258,7 @@ def check_unicode(texts: Sequence[str]) -> None:
             raise UserError(f"the text is not valid UTF-8 at character {error.start}: {text[:20]!r}…") from error
 
 
-def load_engine(
-    options: InferenceOptions, stages: Sequence[str] = (), max_batch: int = 1, max_queue: int = 64
-) -> Engine:
+def load_engine(options: ModelOptions, stages: Sequence[str] = (), max_batch: int = 1, max_queue: int = 64) -> Engine:
     """The engine that a script's options ask for; says what it loaded.
 
     Args:
@@ -270,10 +268,13 @@ def load_engine(
         UserError: no checkpoint, one that does not fit, or a device that is not there.
     """
     device = pick_device(options.device)
-    if options.rope_scaling is not None and not 0 < options.rope_scaling < float("inf"):
-        raise UserError(f"rope_scaling is {options.rope_scaling}, but must be above 0")
+    for name in ("rope_scaling", "rope_theta"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"{name} is {value}, but must be above 0")
     path = Path(options.checkpoint) if options.checkpoint else newest_checkpoint(options.out_dir, stages)
-    model, tokenizer = load_model(path, device, options.tokenizer or None, rope_scaling=options.rope_scaling)
+    overrides = {name: getattr(options, name) for name in ("rope_scaling", "rope_theta", "n_heads")}
+    model, tokenizer = load_model(path, device, options.tokenizer or None, **overrides)
     if options.lora:
         from .adapters import with_adapter  # late: peft takes a second to import
 

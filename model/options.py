@@ -61,7 +61,9 @@ class TrainingOptions:
 
 
 @dataclass
-class InferenceOptions:
+class ModelOptions:
+    """Which model is asked."""
+
     checkpoint: str = ""  # a .pth or a transformers folder; empty: the newest fitting one in out_dir
     out_dir: str = "out"  # where to look for the newest checkpoint
     tokenizer: str = ""  # folder of the tokenizer; empty: the one that comes with the checkpoint
@@ -70,6 +72,14 @@ class InferenceOptions:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     quantize: Literal["none", "int8"] = "none"  # int8: whole numbers for the weights; a CPU is faster with them
     rope_scaling: float | None = None  # stretch the context by this factor (linear interpolation of positions)
+    rope_theta: float | None = None  # base of the rotary wavelengths, for weights without a .json; none: 10000
+    n_heads: int | None = None  # query heads, for weights without a .json beside them; none: 16
+
+
+@dataclass
+class InferenceOptions(ModelOptions):
+    """Which model is asked, and how its next token is chosen."""
+
     temperature: float = 0.7  # below 1: more predictable, above: more varied; 0: always the most probable token
     top_k: int = 50  # choose among the k most probable tokens; 0: all
     top_p: float = 0.9  # choose among the fewest tokens that together have this probability

@@ -72,6 +72,25 @@ def test_each_takes_the_newest_of_its_kind_and_says_which(call, out, script, new
     assert ".pth, the newest in" in call(script, *flags)
 
 
+def test_published_weights_need_to_be_told_what_their_shapes_do_not_show(call, fail, out, tokenizer_dir):
+    model = make_model(rope_theta=500.0)
+    save_weights(out / "ours.pth", model, tokenizer_dir)
+    torch.save(dict(model.state_dict()), out / "published.pth")
+    sampling = ("--seed", 1, "--temperature", 1, "--repetition_penalty", 2, "--max_new_tokens", 16)
+    flags = ("--prompt", "你好", *sampling, "--output", out / "answers.json")
+
+    def answer(name: str, *more: object) -> str:
+        call("2-eval.py", "--checkpoint", out / name, "--tokenizer", tokenizer_dir, *flags, *more)
+        return json.loads((out / "answers.json").read_text())["answers"][0]["answer"]
+
+    expected = answer("ours.pth")
+    assert answer("published.pth", "--n_heads", 4, "--rope_theta", 500) == expected
+    assert answer("published.pth", "--n_heads", 4) != expected != answer("published.pth", "--rope_theta", 500)
+    said = fail("2-eval.py", "--checkpoint", out / "published.pth", "--tokenizer", tokenizer_dir, "--n_heads", 5)
+    assert "published.pth" in said and "n_heads" in said
+    assert "rope_theta is 0.0" in fail("2-eval.py", "--rope_theta", 0)
+
+
 def test_several_texts_are_continued(call):
     printed = call("0-eval_pretrain.py", "--prompt", "春天", "Hello", "--max_new_tokens", 4, "--temperature", 0)
     assert re.findall(r"^(春天|Hello)\|", printed, re.M) == ["春天", "Hello"]

@@ -119,6 +119,23 @@ def test_an_adapter_is_merged(page, checkpoint, tmp_path, conversations, monkeyp
         torch.testing.assert_close(engines[0].model(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_weights_without_a_description_are_told_what_they_are(page, checkpoint, tmp_path, tokenizer_dir, monkeypatch):
+    torch.save(dict(make_model(max_seq_len=200).state_dict()), tmp_path / "published.pth")
+    more = ["--n_heads", "4", "--rope_theta", "500", "--tokenizer", str(tokenizer_dir)]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, *more])
+    loaded = []
+    load = model.engine.load_engine
+    monkeypatch.setattr(model.engine, "load_engine", lambda *a, **k: (loaded.append(load(*a, **k)), loaded[-1])[1])
+    page.run()
+    page.slider(key="max_new_tokens").set_value(16)
+    for name in ("published.pth", "full_sft_32.pth"):
+        page.selectbox(key="model").set_value(name).run()
+        page.chat_input[0].set_value("hi").run()
+        assert not page.exception and not page.error
+    configs = [engine.model.config for engine in loaded]
+    assert [(c.n_heads, c.rope_theta) for c in configs] == [(4, 500.0), (4, 10000.0)]
+
+
 def test_a_server_that_is_not_there(page):
     page.run()
     page.selectbox(key="model").set_value("").run()
