@@ -18,19 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from model.cli import UserError, run
+from model.options import ModelOptions
 
 if TYPE_CHECKING:
     from model.choices import Guess, Prompt, Question
+    from model.engine import Engine
 
 
 @dataclass
-class Args:
+class Args(ModelOptions):
     """Measure a model on multiple-choice questions, or compare models that were."""
 
-    checkpoint: str = ""  # a .pth or a transformers folder; empty: the newest chat model in out_dir
-    out_dir: str = "out"  # where to look for the newest checkpoint
-    tokenizer: str = ""  # folder of the tokenizer; empty: the one that comes with the checkpoint
-    lora: str = ""  # folder of an adapter (LoRA) for the checkpoint
     data_dir: str = "dataset/ceval"  # folder with dev/*.csv (examples) and val/*.csv
     split: str = "val"  # folder of the questions in data_dir
     shots: int = 0  # worked examples before each question
@@ -39,57 +37,47 @@ class Args:
     result_dir: str = "ceval_result"  # where the results go, in a folder of the model's name
     name: str = ""  # that folder's name; empty: the checkpoint's, with adapter, style and shots where they matter
     compare: list[str] = field(default_factory=list)  # folders of results to put side by side; nothing is measured
-    batch_size: int = 16  # questions scored at once
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
-    rope_scaling: float | None = None  # stretch the context by this factor (linear interpolation of positions)
-    n_heads: int | None = None  # query heads, for weights without a .json beside them; none: 16
+    # A CPU has enough to do with one question's tokens; with many rows it only computes more padding (measured).
+    batch_size: int = 0  # questions scored at once; 0: 4 on a CPU, 16 on a GPU
 
 
 def main(args: Args) -> None:
-    from tqdm import tqdm
+    from model.choices import find_subjects
+    from model.engine import load_engine
 
-    from model.choices import find_subjects, guess
-    from model.records import Account
-
-    for name, least in {"shots": 0, "batch_size": 1, "max_seq_len": 0}.items():
+    for name, least in {"shots": 0, "batch_size": 0, "max_seq_len": 0}.items():
         if getattr(args, name) < least:
             raise UserError(f"{name} is {getattr(args, name)}, but must be {least} or more")
     if args.compare:
         compare(args)
         return
     subjects = find_subjects(args.data_dir, args.split)
-    model, tokenizer, checkpoint = load(args)
-    context = args.max_seq_len or int(model.config.max_seq_len * model.config.rope_factor)
-    folder = result_folder(args, checkpoint)
+    with load_engine(args, stages=("full_sft", "dpo")) as engine:
+        measure(args, engine, subjects)
+
+
+def measure(args: Args, engine: "Engine", subjects: dict[str, Path]) -> None:
+    """Writes and prints the results of each subject, then those of all."""
+    from tqdm import tqdm
+
+    from model.choices import guess
+    from model.records import Account
+
+    context = args.max_seq_len or engine.context
+    batch_size = args.batch_size or (4 if engine.model.device.type == "cpu" else 16)
+    folder = result_folder(args, engine.path)
     results: dict[str, list[tuple[Question, Prompt, Guess]]] = {}
     account = Account()
     bar = tqdm(subjects.items(), unit="subject", disable=not sys.stderr.isatty())
     for subject, path in bar:
-        questions, prompts = prompts_of(args, tokenizer, subject, path, context, account)
+        questions, prompts = prompts_of(args, engine.tokenizer, subject, path, context, account)
         if questions:
-            guesses = guess(model, prompts, args.batch_size)
+            guesses = guess(engine.model, prompts, batch_size)
             results[subject] = list(zip(questions, prompts, guesses, strict=True))
             write_csv(folder / f"{subject}.csv", results[subject])
             right = sum(question.answer == one.letter for question, _, one in results[subject])
             tqdm.write(f"{subject:<42} {right:>4} of {len(questions):>4}  {right / len(questions):7.2%}", sys.stdout)
-    report(args, folder, checkpoint, results, account)
-
-
-def load(args: Args) -> tuple[Any, Any, Path]:
-    from model.adapters import with_adapter
-    from model.checkpoint import load_model, newest_checkpoint
-    from model.distributed import pick_device
-
-    device = pick_device(args.device)
-    if args.rope_scaling is not None and not 0 < args.rope_scaling < float("inf"):
-        raise UserError(f"rope_scaling is {args.rope_scaling}, but must be above 0")
-    path = Path(args.checkpoint) if args.checkpoint else newest_checkpoint(args.out_dir, ("full_sft", "dpo"))
-    overrides = dict(rope_scaling=args.rope_scaling, n_heads=args.n_heads)
-    model, tokenizer = load_model(path, device, args.tokenizer or None, **overrides)
-    if args.lora:
-        model = with_adapter(model, args.lora)
-    print(f"{path}: {model.num_parameters():,} parameters, on {device}", flush=True)
-    return model, tokenizer, path
+    report(args, folder, engine.path, results, account)
 
 
 def result_folder(args: Args, checkpoint: Path) -> Path:
@@ -105,10 +93,17 @@ def result_folder(args: Args, checkpoint: Path) -> Path:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
     if (folder / "summary.json").is_file():
         other = read_summary(folder)
-        if (other["checkpoint"], other["lora"]) != (str(checkpoint), args.lora):
+        model = model_of(args, checkpoint)
+        if {name: other.get(name, value) for name, value in model.items()} != model:
             models = " with ".join(filter(None, (other["checkpoint"], other["lora"])))
-            raise UserError(f"{folder} holds the results of {models}: choose another name with --name")
+            raise UserError(f"{folder} holds other results, of {models}: choose another name with --name")
     return folder
+
+
+def model_of(args: Args, checkpoint: Path) -> dict[str, Any]:
+    """What the model is, for the summary."""
+    names = ("lora", "lora_scale", "quantize", "rope_scaling", "rope_theta", "n_heads")
+    return {"checkpoint": str(checkpoint), **{name: getattr(args, name) for name in names}}
 
 
 def prompts_of(
@@ -160,8 +155,7 @@ def report(args: Args, folder: Path, checkpoint: Path, results: dict[str, list],
     rows = [row for rows in results.values() for row in rows]
     summary = {
         "model": folder.name,
-        "checkpoint": str(checkpoint),
-        "lora": args.lora,
+        **model_of(args, checkpoint),
         "weights_sha256": weights_hash(checkpoint),
         **{name: getattr(args, name) for name in ("data_dir", "split", "shots", "prompt_style")},
         "shortened": sum(prompt.cut > 0 or prompt.shots < args.shots for _, prompt, _ in rows),

@@ -4,6 +4,7 @@ The files lie as C-Eval's do: DIR/dev/SUBJECT_dev.csv (worked examples) and DIR/
 suffix, as CMMLU's do; columns question, A, B, C, D, answer, in any order and case, and others that are not read.
 """
 
+import copy
 import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
 
 from .chat import encode, generation_prompt, header_ids
 from .cli import UserError
@@ -152,24 +154,51 @@ def split_letters(sequences: Sequence[list[int]]) -> tuple[list[int], list[int]]
     return beginnings[0], letters
 
 
+@torch.inference_mode()
 def guess(model: Transformer, prompts: Sequence[Prompt], batch_size: int) -> list[Guess]:
-    """What the model thinks of each prompt, in their order; prompts of like length are scored together."""
+    """What the model thinks of each prompt, in their order.
+
+    Prompts with as many worked examples begin alike, most of them for hundreds of tokens: the model reads that
+    beginning once. What follows is scored in batches of like length.
+    """
     guesses: dict[int, Guess] = {}
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    for start in range(0, len(by_length), batch_size):
-        rows = by_length[start : start + batch_size]
-        guesses |= zip(rows, guess_batch(model, [prompts[i] for i in rows]), strict=True)
+    for shots in {prompt.shots for prompt in prompts}:
+        group = [i for i in by_length if prompts[i].shots == shots]
+        beginning = common_beginning([prompts[i].ids for i in group])
+        ids_1T = torch.tensor([beginning], device=model.device)
+        cache = model(input_ids=ids_1T, use_cache=True, logits_to_keep=1).past_key_values
+        for start in range(0, len(group), batch_size):
+            rows = group[start : start + batch_size]
+            guesses |= zip(rows, guess_batch(model, [prompts[i] for i in rows], cache), strict=True)
     return [guesses[i] for i in range(len(prompts))]
 
 
-@torch.inference_mode()
-def guess_batch(model: Transformer, prompts: Sequence[Prompt]) -> list[Guess]:
-    """Padding stands on the right, where no earlier token sees it, so it needs no mask."""
-    lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
+def common_beginning(sequences: Sequence[list[int]]) -> list[int]:
+    """What all of them begin with, but of none of them its last id."""
+    length = 0
+    for ids in zip(*(sequence[:-1] for sequence in sequences), strict=False):
+        if len(set(ids)) > 1:
+            break
+        length += 1
+    return sequences[0][:length]
+
+
+def guess_batch(model: Transformer, prompts: Sequence[Prompt], beginning: Cache) -> list[Guess]:
+    """Padding stands on the right, where no earlier token sees it, so it needs no mask.
+
+    Args:
+        beginning: the cache of a single row that has read what all prompts begin with; it stays as it is.
+    """
+    known = beginning.get_seq_length()
+    cache = copy.deepcopy(beginning)
+    cache.batch_repeat_interleave(len(prompts))
+    lengths = torch.tensor([len(prompt.ids) - known for prompt in prompts])
     ids_BT = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
     for row, prompt in zip(ids_BT, prompts, strict=True):
-        row[: len(prompt.ids)] = torch.tensor(prompt.ids)
-    hidden_BTD = model(input_ids=ids_BT.to(model.device), logits_to_keep=1).last_hidden_state
+        row[: len(prompt.ids) - known] = torch.tensor(prompt.ids[known:])
+    output = model(input_ids=ids_BT.to(model.device), past_key_values=cache, logits_to_keep=1)
+    hidden_BTD = output.last_hidden_state
     last_BD = hidden_BTD[torch.arange(len(prompts)), lengths - 1]
     log_probabilities_BV = model.output(last_BD).double().log_softmax(-1).cpu()
     chosen = log_probabilities_BV.gather(1, torch.tensor([prompt.letters for prompt in prompts]))  # B 4

@@ -92,7 +92,8 @@ def ceval_rows(source: Path, lora: str, result_dir: Path) -> dict[str, str]:
     rows = {}
     for file in files:
         summary = json.loads(file.read_text(encoding="utf-8"))
-        if (summary["weights_sha256"], summary["lora"]) == (weights, lora):
+        as_it_is = summary.get("lora_scale", 1.0) == 1.0 and summary.get("quantize", "none") == "none"
+        if as_it_is and (summary["weights_sha256"], summary["lora"]) == (weights, lora):
             total = summary["total"]
             low, high = (100 * bound for bound in total["interval_95"])
             rows[f"{Path(summary['data_dir']).name}（{summary['prompt_style']}，{summary['shots']}-shot）"] = (

@@ -143,6 +143,19 @@ def test_a_batch_gives_what_one_question_at_a_time_gives(tokenizer, use_moe, sty
         assert one.letter == "ABCD"[expected.index(max(expected))]
 
 
+def test_what_prompts_begin_with_is_read_once(tokenizer):
+    """The worked examples are most of a prompt: counted are the ids that go through the model."""
+    model, seen = make_model(), []
+    model.tok_embeddings.register_forward_hook(lambda _, ids, __: seen.append(ids[0].numel()))
+    questions = [Question(f"{n}{text}", tuple("1234"), "A") for n, text in enumerate(["一", "二二", "三三三三"])]
+    prompts = [make_prompt(tokenizer, one, EXAMPLES, "chat", 9999) for one in questions]
+    bare = [make_prompt(tokenizer, one, [], "chat", 9999) for one in questions]
+    guess(model, prompts, 1)
+    whole = sum(len(prompt.ids) for prompt in prompts)
+    examples = len(prompts[0].ids) - len(bare[0].ids)
+    assert examples < sum(seen) <= examples + sum(len(alone.ids) for alone in bare) < whole
+
+
 # What is reported.
 
 
@@ -209,6 +222,9 @@ def test_results_of_another_checkpoint_are_kept(call, fail, tmp_path, tokenizer_
     adapter = get_peft_model(make_model(max_seq_len=256), LoraConfig(r=2, target_modules="all-linear"))
     adapter.save_pretrained(tmp_path / "music")
     call("--lora", tmp_path / "music")
+    assert "full_sft_32_music" in fail("--lora", tmp_path / "music", "--lora_scale", 0.5)
+    call("--lora", tmp_path / "music", "--lora_scale", 0.5, "--quantize", "int8", "--name", "half_music")
+    assert json.loads((tmp_path / "results" / "half_music" / "summary.json").read_text())["lora_scale"] == 0.5
     summary = json.loads((tmp_path / "results" / "full_sft_32_music" / "summary.json").read_text())
     assert summary["lora"] == str(tmp_path / "music")
     assert "full_sft_32.pth:" in fail("--lora", tmp_path / "music", "--name", "full_sft_32")

@@ -1,8 +1,10 @@
-"""How much faster are eval_ceval.py's length-sorted batches than one question at a time, and is the result the same?
+"""How much faster is eval_ceval.py than one question at a time, and is the result the same?
 
     python tests/bench/ceval_batches.py --checkpoint out/multi_chat/full_sft_512.pth --data_dir dataset/ceval
+    python tests/bench/ceval_batches.py --shots 5 --subjects 2             # after five worked examples
 
-Each batch size scores the same questions in turn, some rounds; medians of the seconds are printed.
+One at a time: the model reads each prompt alone and from its beginning. Each way scores the same questions in turn,
+some rounds; medians of the seconds are printed. Without a checkpoint it is a fresh minimind-small-T.
 """
 
 import statistics
@@ -10,52 +12,91 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from model.cli import run  # noqa: E402
 
+if TYPE_CHECKING:
+    from model.choices import Prompt
+
 
 @dataclass
 class Args:
-    checkpoint: str  # a .pth or a transformers folder
-    data_dir: str = "dataset/ceval"  # folder with val/*.csv
-    batch_size: list[int] = field(
-        default_factory=lambda: [1, 4, 16, 64]
-    )  # the first one is what others are compared to
+    checkpoint: str = ""  # a .pth or a transformers folder; empty: random weights
+    data_dir: str = "dataset/ceval"  # folder with dev/*.csv and val/*.csv
+    shots: int = 0  # worked examples before each question
+    batch_size: list[int] = field(default_factory=lambda: [1, 4, 16])  # questions scored at once
     subjects: int = 12  # how many of them, evenly chosen
     rounds: int = 3  # how often to measure each
+    threads: int = 0  # of PyTorch; 0: its own choice
 
 
 def main(args: Args) -> None:
+    import torch
+
+    from model.choices import guess
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    model, tokenizer = load(args.checkpoint)
+    prompts = read_prompts(args, tokenizer, model.config.max_seq_len)
+    ways = {0: lambda: [one_alone(model, prompt) for part in prompts for prompt in part]}
+    for size in args.batch_size:
+        ways[size] = lambda size=size: [list(one.probabilities) for part in prompts for one in guess(model, part, size)]
+    seconds: dict[int, list[float]] = {size: [] for size in ways}
+    found: dict[int, list[list[float]]] = {}
+    for _ in range(args.rounds + 1):
+        for size, way in ways.items():
+            start = time.monotonic()
+            found[size] = way()
+            seconds[size].append(time.monotonic() - start)
+    tokens = sum(len(one.ids) for part in prompts for one in part)
+    print(f"{len(found[0])} questions, {args.shots} shots, {tokens:,} tokens, {torch.get_num_threads()} threads")
+    alone = statistics.median(seconds[0][1:])  # the first round warms up
+    for size, times in seconds.items():
+        median = statistics.median(times[1:])
+        pairs = list(zip(found[0], found[size], strict=True))
+        same = sum(one.index(max(one)) == other.index(max(other)) for one, other in pairs)
+        apart = max(abs(p - q) for one, other in pairs for p, q in zip(one, other, strict=True))
+        name = f"batches of {size:>3}" if size else "one at a time "
+        print(f"{name}: {median:6.2f} s, {alone / median:.2f} x; {same} same answers, p differs by {apart:.1e}")
+
+
+def load(checkpoint: str) -> tuple[Any, Any]:
     from model.checkpoint import load_model
-    from model.choices import Prompt, find_subjects, guess, make_prompt, read_questions
+    from model.LMConfig import LMConfig
+    from model.model import Transformer
+    from model.tokenizer import load_tokenizer
+
+    if checkpoint:
+        return load_model(checkpoint)
+    return Transformer(LMConfig.preset("minimind-small-T")).eval(), load_tokenizer()
+
+
+def read_prompts(args: Args, tokenizer: Any, context: int) -> list[list["Prompt"]]:
+    """Of each subject."""
+    from model.choices import find_subjects, make_prompt, read_questions
     from model.records import Account
 
-    model, tokenizer = load_model(args.checkpoint)
-    files = list(find_subjects(args.data_dir, "val").values())
-    prompts: list[list[Prompt]] = []
-    for file in files[:: max(1, len(files) // args.subjects)]:
+    examples = find_subjects(args.data_dir, "dev")
+    subjects = list(find_subjects(args.data_dir, "val").items())
+    prompts = []
+    for name, file in subjects[:: max(1, len(subjects) // args.subjects)]:
+        shots = read_questions(examples[name], Account())[: args.shots]
         questions = read_questions(file, Account())
-        prompts.append([make_prompt(tokenizer, one, [], "chat", model.config.max_seq_len) for one in questions])
-    seconds: dict[int, list[float]] = {size: [] for size in args.batch_size}
-    guesses = {}
-    for size in args.batch_size * (args.rounds + 1):
-        start = time.monotonic()
-        guesses[size] = [one for part in prompts for one in guess(model, part, size)]
-        seconds[size].append(time.monotonic() - start)
-    first = args.batch_size[0]
-    print(f"{len(guesses[first])} questions, {sum(len(one.ids) for part in prompts for one in part):,} tokens")
-    for size, times in seconds.items():
-        median = statistics.median(times[1:])  # the first round warms up
-        pairs = list(zip(guesses[first], guesses[size], strict=True))
-        same = sum(one.letter == other.letter for one, other in pairs)
-        apart = max(
-            abs(p - q) for one, other in pairs for p, q in zip(one.probabilities, other.probabilities, strict=True)
-        )
-        faster = statistics.median(seconds[first][1:]) / median
-        print(f"batches of {size:>3}: {median:6.2f} s, {faster:.2f} x; {same} same answers, p differs by {apart:.1e}")
+        prompts.append([make_prompt(tokenizer, one, shots, "chat", context) for one in questions])
+    return prompts
+
+
+def one_alone(model: Any, prompt: "Prompt") -> list[float]:
+    import torch
+
+    with torch.inference_mode():
+        logits_V = model(input_ids=torch.tensor([prompt.ids]), logits_to_keep=1).logits[0, -1].double()
+    return logits_V[prompt.letters].softmax(-1).tolist()
 
 
 if __name__ == "__main__":
