@@ -143,30 +143,32 @@ def print_plan(
     epoch = GlobalBatches(data, args, run)
     steps = args.max_steps or args.epochs * len(epoch)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    time = "not measured, as the micro-batch does not fit: lower --batch_size, or make it auto"
+    peak = memory.peak(args.batch_size)
+    if args.batch_size <= memory.most_rows():
+        usages = probe(model, data, args, run.device, dtype, args.batch_size, min(2, args.accumulation_steps), steps=5)
+        time = told_time(*usages, args.accumulation_steps, steps)
+        peak = max(peak, *(usage.peak for usage in usages))  # where the line was too low
     lines = {
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}, of which {trained:,} are trained",
         "an epoch": f"{data.num_tokens:,} tokens, in {len(data):,} rows of {data.max_seq_len}; {len(epoch):,} steps",
         "the run": f"{steps:,} steps of {epoch.rows_each} rows ({args.batch_size} x {args.accumulation_steps})",
-        "memory": told_memory(memory, args.batch_size, run.device),
+        "memory": told_memory(memory, peak, run.device),
         "micro-batch": f"of {args.batch_size} rows; at most {memory.most_rows():,} fit",
         "disk": told_disk(memory.sizes, weights),
+        "time": time,
     }
-    if args.batch_size <= memory.most_rows():
-        usages = probe(model, data, args, run.device, dtype, args.batch_size, min(2, args.accumulation_steps), steps=5)
-        lines["time"] = told_time(*usages, args.accumulation_steps, steps)
-    else:
-        lines["time"] = "not measured, as the micro-batch does not fit: lower --batch_size, or make it auto"
     run.print(f"plan of {weights}, on {run.device} in {str(dtype).removeprefix('torch.')}; nothing is written")
     for name, text in lines.items():
         run.print(f"{name:<12} {text}")
 
 
-def told_memory(memory: Memory, rows: int, device: torch.device) -> str:
-    sizes, peak = memory.sizes, memory.peak(rows)
+def told_memory(memory: Memory, peak: float, device: torch.device) -> str:
+    """The peak, and its parts: activations are what is not one of the others."""
+    sizes = memory.sizes
     process = memory.held - sizes.weights
     parts = {"weights": sizes.weights, "gradients": sizes.gradients, "optimizer": sizes.optimizer}
-    rest = max(0.0, memory.fixed + memory.per_row * rows - process - sum(sizes))
-    parts = {"process": process, **parts, "activations": rest}
+    parts = {"process": process, **parts, "activations": max(0.0, peak - process - sum(sizes))}
     where = "GPU" if device.type == "cuda" else "host"
     words = ", ".join(f"{name} {value / GB:.2f}" for name, value in parts.items())
     host = f"; host: {held_bytes(torch.device('cpu')) / GB:.2f} GB" if device.type == "cuda" else ""

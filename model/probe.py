@@ -2,7 +2,6 @@
 
 import copy
 import ctypes
-import gc
 import resource
 import statistics
 import time
@@ -76,7 +75,6 @@ def probe(
 
     The copy's weights do not count in the peaks. The model and all random generators stay as they are.
     """
-    give_back_freed()
     generators, started = random_state(), time.perf_counter()
     prober = Prober(model, data, args, device, dtype)
     prober.step(0, rows, micro_batches)  # not counted: in it the optimizers' states are made
@@ -94,8 +92,7 @@ def probe(
 
 
 def give_back_freed() -> None:
-    """What Python and the allocators have freed, but kept: activations would fill it first, and seem smaller."""
-    gc.collect()  # optimizers are part of reference cycles
+    """To the system, what is free already but kept: activations would fill it first, and seem smaller."""
     with suppress(OSError, AttributeError):  # glibc has it
         ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
