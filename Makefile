@@ -12,11 +12,12 @@ demo: train-demo
 
 # The same with a quarter of the facts, in 3 minutes; fails if fewer than half of the answers are right.
 demo-fast: DEMO = out/demo-fast
-demo-fast: SAMPLE = --share 0.25 --tested 3 --unknown 12 --pairs 80
+demo-fast: SAMPLE = --share 0.15 --asked 7 --asked_otherwise 4 --follow_ups 3 --unknown 12 --pairs 80 --tested 3
 demo-fast: FLOOR = --floor 0.5
 demo-fast: train-demo
 
 DEMO = out/demo
+SAMPLE = --share 0.55
 ANSWER = --temperature 0 --repetition_penalty 1 --max_new_tokens 48 --test $(DEMO)/sample/test.json
 train-demo: .venv/installed
 	$(VENV)/python dataset/make_sample.py --out_dir $(DEMO)/sample $(SAMPLE)

@@ -45,12 +45,13 @@ class Args:
     out_dir: str = "out/demo/sample"  # folder to write to
     world: str = str(ROOT / "dataset/sample/world")  # folder of tables and wordings
     share: float = 1.0  # how much of each table to use: less is learnt faster
-    asked: int = 7  # single questions about each fact, in the wordings of its relation
-    asked_otherwise: int = 4  # ... and with the thing named first, or as a statement with a gap
-    follow_ups: int = 3  # conversations in which each fact is asked for without naming the thing
-    unknown: int = 24  # questions of each relation about things that do not exist
+    asked: int = 10  # single questions about each fact, in the wordings of its relation
+    asked_otherwise: int = 6  # ... and with the thing named first, or as a statement with a gap
+    follow_ups: int = 5  # conversations in which each fact is asked for without naming the thing
+    joined: float = 0.3  # share of the single questions that come in conversations about this and that, too
+    unknown: int = 36  # questions of each relation about things that do not exist
     pairs: int = 300  # answers to prefer
-    tested: int = 8  # questions of the test about each relation, single ones and follow-ups each
+    tested: int = 6  # questions of the test about each relation, single ones and follow-ups each
     seed: int = 42
 
 
@@ -110,6 +111,12 @@ class Writer:
     # --- dialogues --------------------------------------------------------------------------------------------------
 
     def dialogues(self) -> Iterator[list[Message]]:
+        alone = [*self.single_questions(), *self.ignorance()]
+        yield from alone
+        yield from self.follow_ups()
+        yield from self.joined(alone)
+
+    def single_questions(self) -> Iterator[list[Message]]:
         for relation in self.world.relations:
             for thing in relation.facts:
                 for wording in self.sample(relation.asks, self.args.asked):
@@ -119,8 +126,14 @@ class Writer:
         for single in self.world.singles:
             for wording in single.asks * 2:
                 yield turn(self.dressed(wording), self.draw.choice(single.replies))
-        yield from self.follow_ups()
-        yield from self.ignorance()
+
+    def joined(self, dialogues: list[list[Message]]) -> Iterator[list[Message]]:
+        """Some of them one after another, as one conversation: not every question goes back to an earlier one."""
+        some = self.draw.sample(dialogues, int(self.args.joined * len(dialogues)))
+        while some:
+            size = self.draw.choice((2, 3))
+            yield [message for dialogue in some[:size] for message in dialogue]
+            del some[:size]
 
     def sample(self, wordings: list[str], number: int) -> list[str]:
         """As different as can be: each once before any comes twice."""
