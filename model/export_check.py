@@ -47,20 +47,12 @@ def fixed_prompts(model: Transformer, tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 def check_tokenizer(found: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Raises UserError where texts have other ids, or a chat has; the latter can only be told where every text that
-    the tokenizer is given gets a space in front: in training each message is one, but a rendered chat is one in all."""
+    """Raises UserError where texts have other ids, or a chat has."""
     texts = encode_texts(tokenizer, TEXTS)
     chat, _ = encode(tokenizer, [{"role": "user", "content": TEXTS[0]}], add_generation_prompt=True)
     same = all(found[f"ids{number}"].tolist() == ids for number, ids in enumerate(texts))
-    if same and found["chat"].tolist() == chat:
-        return
-    if not same or not puts_space_in_front(tokenizer):
+    if not same or found["chat"].tolist() != chat:
         raise UserError(f"{path} tokenizes otherwise than the tokenizer it was made from: nothing is exported")
-    print("warning: this tokenizer puts a space before each text; chats in other programs lack those of the messages")
-
-
-def puts_space_in_front(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return len(encode_texts(tokenizer, ["\n"])[0]) > 1
 
 
 def read_back(kind: str, path: Path, prompts: list[list[int]]) -> dict[str, Tensor]:

@@ -191,7 +191,6 @@ class Vocabulary(NamedTuple):
     types: list[int]
     merges: list[str]
     scores: list[float]
-    adds_space: bool  # in front of a text
 
 
 def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
@@ -216,7 +215,7 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size:
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(False)  # the chat template writes every <s> itself
     writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(vocabulary.adds_space)
+    writer.add_add_space_prefix(False)
     writer.add_chat_template(TEMPLATE)
 
 
@@ -234,7 +233,7 @@ def byte_level_vocabulary(tokenizer: PreTrainedTokenizerBase, spec: dict[str, An
         for i in range(size)
     ]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]]
-    return Vocabulary("gpt2", pre, tokens, types, merges, [], False)
+    return Vocabulary("gpt2", pre, tokens, types, merges, [])
 
 
 def sentencepiece_vocabulary(file: Path, size: int) -> Vocabulary:
@@ -247,7 +246,7 @@ def sentencepiece_vocabulary(file: Path, size: int) -> Vocabulary:
     # The numbers of GGUF's token types are those of sentencepiece's.
     types = [proto.pieces[i].type if i in known else TokenType.UNUSED for i in range(size)]
     scores = [pieces.get_score(i) if i in known else -1e4 for i in range(size)]
-    return Vocabulary("llama", "default", tokens, types, [], scores, proto.normalizer_spec.add_dummy_prefix)
+    return Vocabulary("llama", "default", tokens, types, [], scores)
 
 
 def modelfile(gguf_name: str, tokenizer: PreTrainedTokenizerBase, context: int) -> str:

@@ -1,9 +1,12 @@
 """A tokenizer folder -> text to ids and back, with nothing a user types ever becoming a special token."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from .cli import UserError
@@ -15,7 +18,8 @@ FILES = ("tokenizer.json", "tokenizer.model")  # either of them holds the whole 
 def load_tokenizer(folder: str | Path = SHIPPED) -> PreTrainedTokenizerBase:
     """The tokenizer of a transformers folder, or of a folder with nothing but a sentencepiece `tokenizer.model`.
 
-    One without a bos token uses its eos token for both; one without a padding token pads with eos.
+    One without a bos token uses its eos token for both; one without a padding token pads with eos; one that puts a
+    space before every text, as Mistral's, does so no longer.
 
     Raises:
         UserError: there is no tokenizer in that folder, or it has no end-of-sequence token.
@@ -37,7 +41,41 @@ def load_tokenizer(folder: str | Path = SHIPPED) -> PreTrainedTokenizerBase:
         tokenizer.bos_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    forget_prefix_space(tokenizer)
     return tokenizer
+
+
+def forget_prefix_space(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A text's ids must not depend on whether it comes first, nor a decoded piece lose a space of its own.
+
+    What precedes the vocabulary (normalizer, pre-tokenizer) adds the space, and the decoder takes one away.
+    """
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = {name: spec[name] for name in ("normalizer", "pre_tokenizer", "decoder")}
+    changed = {name: without_prefix_space(part) for name, part in parts.items()}
+    if changed == parts:
+        return
+    empty = {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": [], "post_processor": None}
+    made = Tokenizer.from_str(json.dumps(spec | empty | changed))
+    for name in changed:
+        setattr(tokenizer.backend_tokenizer, name, getattr(made, name))
+    # Where it is saved and loaded by transformers, its class makes these parts anew.
+    tokenizer.add_prefix_space = tokenizer.init_kwargs["add_prefix_space"] = False
+
+
+def without_prefix_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A part of a tokenizer.json; None where nothing is left of it."""
+    if part is None or part["type"] == "Prepend" or (part["type"], part.get("content")) == ("Strip", " "):
+        return None
+    if part["type"] == "Sequence":
+        (key,) = part.keys() - {"type"}  # normalizers, pretokenizers or decoders
+        inner = (without_prefix_space(each) for each in part[key])
+        return part | {key: [each for each in inner if each is not None]}
+    if part["type"] == "Metaspace":
+        return part | {"prepend_scheme": "never"}
+    if part.get("add_prefix_space") and part["type"] == "ByteLevel" and "use_regex" in part:
+        return part | {"add_prefix_space": False}
+    return part
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

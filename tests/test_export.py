@@ -20,7 +20,7 @@ from model.checkpoint import load_model, save_weights
 from model.cli import UserError, run
 from model.export import from_llama, write_llama2c, write_llama_folder, write_transformers_folder
 from model.export_check import TEXTS, check_tokenizer
-from model.gguf_file import modelfile, read_gguf, sentencepiece_vocabulary, write_gguf
+from model.gguf_file import modelfile, read_gguf, write_gguf
 from model.model_card import model_card
 from model.tokenizer import load_tokenizer
 
@@ -310,10 +310,12 @@ def test_a_sentencepiece_vocabulary_is_its_own(tmp_path, sentencepiece_dir):
     types = fields["tokenizer.ggml.token_type"]
     assert types[:4] == [2, 3, 3, 6] and set(types[size:]) == {5}
     assert sum(kind == 6 for kind in types) == 256
-    assert sentencepiece_vocabulary(sentencepiece_dir / "tokenizer.model", 310).adds_space
+    assert fields["tokenizer.ggml.add_space_prefix"] is False  # load_tokenizer has taken it away
 
 
-def test_spaces_before_each_text_are_told_and_other_ids_refused(tmp_path, sentencepiece_dir, tokenizer, capsys):
+def test_exported_tokenizers_put_no_space_before_a_text_and_other_ids_are_refused(
+    tmp_path, sentencepiece_dir, tokenizer
+):
     for name, source in (("space", load_tokenizer(sentencepiece_dir)), ("none", tokenizer)):
         write_llama_folder(tmp_path / name, make_model(), source)
         theirs = AutoTokenizer.from_pretrained(tmp_path / name)
@@ -322,8 +324,7 @@ def test_spaces_before_each_text_are_told_and_other_ids_refused(tmp_path, senten
         found["chat"] = torch.tensor(chat["input_ids"])
         check_tokenizer(found, source, tmp_path)
         assert (tmp_path / name / "tokenizer.model").is_file() == (name == "space")
-        assert ("warning" in capsys.readouterr().out) == (name == "space")
-        for key in found if name == "none" else ["ids0"]:
+        for key in found:
             with pytest.raises(UserError, match="tokenizes otherwise"):
                 check_tokenizer(found | {key: found[key].flip(0)}, source, tmp_path)
 

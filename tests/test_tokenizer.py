@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, load_script
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -256,6 +257,49 @@ def test_sentencepiece_ids_are_its_own(corpus: list[str], tmp_path: Path):
     native = sentencepiece.SentencePieceProcessor(model_file=str(out_dir / "tokenizer.model"))
     texts = TEXTS + HARD_TEXTS[:3]
     assert encode_texts(load_tokenizer(out_dir), texts) == [native.encode(text) for text in texts]
+
+
+@pytest.mark.parametrize("file_class", ["PreTrainedTokenizerFast", "LlamaTokenizer"])
+@pytest.mark.parametrize("adder", ["prepend", "metaspace", "byte-level"])
+def test_no_space_is_put_before_a_text(adder: str, file_class: str, tmp_path: Path):
+    """Tokenizers as others have them: theirs do, ours must not, and a copy that transformers saves must not either."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    space, alphabet = "\u2581", []
+    bpe.decoder = decoders.Sequence(
+        [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    if adder == "prepend":
+        bpe.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
+    elif adder == "metaspace":
+        bpe.pre_tokenizer = pre_tokenizers.Metaspace(space, prepend_scheme="always", split=False)
+    elif file_class == "LlamaTokenizer":
+        pytest.skip("it is never byte-level")
+    else:
+        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
+        space, alphabet = "\u0120", pre_tokenizers.ByteLevel.alphabet()
+    specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256) if adder != "byte-level")]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([*TEXTS, "user\n", "assistant\n", "system\n"], trainer)
+    names = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    PreTrainedTokenizerFast(tokenizer_object=bpe, **names).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": file_class}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.convert_ids_to_tokens(encode_texts(theirs, ["Hello"])[0])[0].startswith(space)
+
+    ours = load_tokenizer(tmp_path)
+    ours.save_pretrained(tmp_path / "copy")
+    for tokenizer in (ours, load_tokenizer(tmp_path / "copy"), AutoTokenizer.from_pretrained(tmp_path / "copy")):
+        texts = [*TEXTS, "  前后有空格  ", " Hello", "A", "</s>\n<s>assistant\n"]
+        for text, ids in zip(texts, encode_texts(tokenizer, texts), strict=True):
+            assert tokenizer.decode(ids) == text
+            assert "".join(tokenizer.convert_ids_to_tokens(ids)).startswith(space) == text.startswith(" ")
+        newline = encode_texts(tokenizer, ["\n"])[0]
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        user, hello = (encode_texts(tokenizer, [text])[0] for text in ("user\n", "Hello"))
+        assert encode(tokenizer, [{"role": "user", "content": "Hello"}])[0] == [bos, *user, *hello, eos, *newline]
 
 
 def test_inspect_measures_and_decodes(folder: Path, corpus: list[str], capsys: pytest.CaptureFixture[str]):
