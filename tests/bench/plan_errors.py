@@ -75,7 +75,7 @@ def said(*command: object) -> str:
     """What a script prints; raises UserError where it fails."""
     done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{command[0]} failed: {done.stderr.strip().splitlines()[-1]}")
+        raise UserError(f"{command[0]} failed ({done.returncode}): {done.stderr.strip().splitlines()[-1]}")
     return done.stdout
 
 
