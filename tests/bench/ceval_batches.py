@@ -2,17 +2,20 @@
 
     python tests/bench/ceval_batches.py --checkpoint out/multi_chat/full_sft_512.pth --data_dir dataset/ceval
     python tests/bench/ceval_batches.py --shots 5 --subjects 2             # after five worked examples
+    python tests/bench/ceval_batches.py --quantize int8                    # with 8-bit weights: the same answers?
 
 One at a time: the model reads each prompt alone and from its beginning. Each way scores the same questions in turn,
-some rounds; medians of the seconds are printed. Without a checkpoint it is a fresh minimind-small-T.
+some rounds; medians of the seconds are printed, and of those of the processor, which count on a busy machine (with
+--threads 1: threads that wait for each other count, too). Without a checkpoint it is a fresh minimind-small-T.
 """
 
+import copy
 import statistics
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -29,6 +32,7 @@ class Args:
     data_dir: str = "dataset/ceval"  # folder with dev/*.csv and val/*.csv
     shots: int = 0  # worked examples before each question
     batch_size: list[int] = field(default_factory=lambda: [1, 4, 16])  # questions scored at once
+    quantize: Literal["none", "int8"] = "none"  # of the batches; one at a time is always in float32
     subjects: int = 12  # how many of them, evenly chosen
     rounds: int = 3  # how often to measure each
     threads: int = 0  # of PyTorch; 0: its own choice
@@ -38,31 +42,37 @@ def main(args: Args) -> None:
     import torch
 
     from model.choices import guess
+    from model.engine import quantize_to_int8
 
     if args.threads:
         torch.set_num_threads(args.threads)
     model, tokenizer = load(args.checkpoint)
     prompts = read_prompts(args, tokenizer, model.config.max_seq_len)
     ways = {0: lambda: [one_alone(model, prompt) for part in prompts for prompt in part]}
+    batched = copy.deepcopy(model)
+    if args.quantize == "int8":
+        quantize_to_int8(batched)
     for size in args.batch_size:
-        ways[size] = lambda size=size: [list(one.probabilities) for part in prompts for one in guess(model, part, size)]
-    seconds: dict[int, list[float]] = {size: [] for size in ways}
+        ways[size] = lambda size=size: [list(g.probabilities) for part in prompts for g in guess(batched, part, size)]
+    seconds: dict[int, list[tuple[float, float]]] = {size: [] for size in ways}
     found: dict[int, list[list[float]]] = {}
     for _ in range(args.rounds + 1):
         for size, way in ways.items():
-            start = time.monotonic()
+            start, start_cpu = time.monotonic(), time.process_time()
             found[size] = way()
-            seconds[size].append(time.monotonic() - start)
+            seconds[size].append((time.monotonic() - start, time.process_time() - start_cpu))
     tokens = sum(len(one.ids) for part in prompts for one in part)
     print(f"{len(found[0])} questions, {args.shots} shots, {tokens:,} tokens, {torch.get_num_threads()} threads")
-    alone = statistics.median(seconds[0][1:])  # the first round warms up
-    for size, times in seconds.items():
-        median = statistics.median(times[1:])
+    medians = {  # the first round warms up
+        size: [statistics.median(column) for column in zip(*times[1:], strict=True)] for size, times in seconds.items()
+    }
+    for size, (wall, cpu) in medians.items():
         pairs = list(zip(found[0], found[size], strict=True))
         same = sum(one.index(max(one)) == other.index(max(other)) for one, other in pairs)
         apart = max(abs(p - q) for one, other in pairs for p, q in zip(one, other, strict=True))
         name = f"batches of {size:>3}" if size else "one at a time "
-        print(f"{name}: {median:6.2f} s, {alone / median:.2f} x; {same} same answers, p differs by {apart:.1e}")
+        ratios = f"{wall:6.2f} s, {medians[0][0] / wall:.2f} x; processor {cpu:6.2f} s, {medians[0][1] / cpu:.2f} x"
+        print(f"{name}: {ratios}; {same} same answers, p differs by {apart:.1e}", flush=True)
 
 
 def load(checkpoint: str) -> tuple[Any, Any]:

@@ -61,6 +61,7 @@ def main(args: Args) -> None:
             f"{name:<24}{tokens / median:8,.0f} tokens/s, {first / median:5.2f} x; "
             f"{memory:5.2f} GB, {memory / first_memory:4.2f} x"
         )
+        contestant.leave()
 
 
 class Contestant:
@@ -68,7 +69,8 @@ class Contestant:
 
     def __init__(self, context, args: Args, who: str, config):
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, args, who, config), daemon=True)
+        # Not a daemon: those may not start processes, as a compiler does.
+        self.process = context.Process(target=work, args=(theirs, args, who, config))
         self.process.start()
 
     def step(self) -> float:
@@ -80,6 +82,10 @@ class Contestant:
         self.pipe.send("memory")
         return self.pipe.recv()
 
+    def leave(self) -> None:
+        self.pipe.send("leave")
+        self.process.join()
+
 
 def work(pipe: Connection, args: Args, who: str, config) -> None:
     """A contestant's life: seconds of a step, or GB, whatever is asked for."""
@@ -89,8 +95,7 @@ def work(pipe: Connection, args: Args, who: str, config) -> None:
 
     torch.manual_seed(0)
     train = make_llama(config) if who == "llama" else make_ours(config, who)
-    while True:
-        wish = pipe.recv()
+    while (wish := pipe.recv()) != "leave":
         if wish == "memory":
             pipe.send(peak_memory(torch.device("cpu")))
             continue
