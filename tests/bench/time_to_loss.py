@@ -30,7 +30,7 @@ BATCHES = [8, 16]
 class Args:
     data_path: str = "dataset/pretrain_data.bin"  # token file of data_process.py
     val_path: str = "dataset/pretrain_val.jsonl"  # held-out documents
-    output: str = "out/time_to_loss.jsonl"  # a line for each finished run; those in it are not repeated
+    output: str = "tests/bench/time_to_loss.jsonl"  # a line for each finished run; those in it are not repeated
     model: str = "tiny"  # preset
     max_seq_len: int = 256  # tokens of a row
     sweep_tokens: int = 600_000  # of each run of the sweep
