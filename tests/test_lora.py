@@ -1,6 +1,7 @@
 """Adapters: what they change and what they do not, how they are saved, blended, merged and refused."""
 
 import json
+import random
 import shutil
 import signal
 from pathlib import Path
@@ -11,7 +12,7 @@ from conftest import make_model
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_dataset import DIALOGUES, write_csv
-from test_resume import POINTS, run, steps_in
+from test_resume import POINTS, kill_at_a_moment, run, steps_in
 from test_training import metrics, torchrun, train
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -193,15 +194,18 @@ def same_adapter(folder: Path, other: Path) -> None:
 
 
 def soak(base: Path, folder: Path, points: list[str], *more) -> None:
-    """Kills a run at points of saving its states, each time after it has one, and compares it with one left alone."""
+    """Kills a run at points of saving and at random moments, and compares it with one left alone."""
     assert run(SCRIPT, flags_of(base, folder / "whole", *more), folder / "log") == 0, (folder / "log").read_text()
     flags = flags_of(base, folder / "killed", *more)
-    adapter = folder / "killed" / "lora" / "toy_32"
-    for number, point in enumerate(points):
+    adapter, generator = folder / "killed" / "lora" / "toy_32", random.Random(len(points))
+    for point in points:
         before = steps_in(adapter.with_suffix(".state"))
-        assert run(SCRIPT, flags, folder / "log", (point, 1 if before else 2)) == -signal.SIGKILL, point
+        if point == "moment":
+            kill_at_a_moment(SCRIPT, flags, folder / "log", generator)
+        else:
+            assert run(SCRIPT, flags, folder / "log", (point, 1 if before else 2)) == -signal.SIGKILL, point
         said = (folder / "log").read_text()
-        assert (f"going on after step {before[-1]}," if number else "starting fresh") in said
+        assert (f"going on after step {before[-1]}," if before else "starting fresh") in said
     assert run(SCRIPT, flags, folder / "log") == 0
     assert "going on after step" in (folder / "log").read_text()
     same_adapter(adapter, folder / "whole" / "lora" / "toy_32")
@@ -215,7 +219,7 @@ def test_a_killed_run_ends_with_the_same_adapter(base, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_soak(optimizer, base, tmp_path):
-    soak(base, tmp_path, POINTS * 3, "--optimizer", optimizer, "--epochs", 80)
+    soak(base, tmp_path, POINTS + ["moment"] * 8, "--optimizer", optimizer, "--epochs", 160)
 
 
 def test_a_state_of_another_base_is_another_run(base, tmp_path):

@@ -123,6 +123,17 @@ def flags_of(stage: str, data: Path, tokenizer_dir: Path, out: Path, *more) -> t
     return "1-pretrain.py", flags, out / f"pretrain_32{'_moe' if stage == 'moe' else ''}.pth"
 
 
+def kill_at_a_moment(script: str, flags: list[str], log: Path, generator: random.Random) -> None:
+    """Kills a run within half a second after its progress bar first shows a speed, whatever it does then."""
+    log.unlink(missing_ok=True)
+    process = start(script, flags, log)
+    while process.is_alive() and not (log.exists() and "step/s" in log.read_text()):
+        time.sleep(0.005)
+    time.sleep(generator.uniform(0, 0.5))
+    process.kill()
+    process.join()
+
+
 def soak(stage: str, data: Path, tokenizer_dir: Path, folder: Path, kills: list[str], *more) -> None:  # noqa: F811
     """Kills a run again and again, each time after it has a state, and compares it with one that was left alone."""
     script, flags, whole = flags_of(stage, data, tokenizer_dir, folder / "whole", *more)
@@ -134,13 +145,7 @@ def soak(stage: str, data: Path, tokenizer_dir: Path, folder: Path, kills: list[
     for number, point in enumerate(kills):
         before = steps_in(states)
         if point == "moment":
-            log.unlink()
-            process = start(script, flags, log)
-            while process.is_alive() and not (log.exists() and "step/s" in log.read_text()):
-                time.sleep(0.005)
-            time.sleep(generator.uniform(0, 0.5))
-            process.kill()
-            process.join()
+            kill_at_a_moment(script, flags, log, generator)
         else:
             assert run(script, flags, log, (point, 1 if before else 2)) == -signal.SIGKILL, point
         said = log.read_text()
