@@ -204,7 +204,7 @@ class Writer:
                 if self.draw.random() < 0.3:
                     question = self.otherwise(relation, name)
                 yield turn(question, self.unknown_reply(name))
-                if relation.facts and self.draw.random() < 0.3:
+                if self.draw.random() < 0.3:
                     first = self.asked(relation, self.draw.choice(list(relation.facts)))
                     question = fill(self.draw.choice(self.world.same_question), name)
                     yield first + turn(question, self.unknown_reply(name))

@@ -2,31 +2,18 @@
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from model.export import llama_config
 from model.LMConfig import LMConfig
+from model.tokenizer import load_tokenizer
 
 
 def llama_like(config: LMConfig) -> LlamaForCausalLM:
     """A Llama of the same shape with transformers' own random weights and SDPA attention."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.dim,
-            intermediate_size=config.hidden_dim,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads,
-            max_position_embeddings=config.max_seq_len,
-            rms_norm_eps=config.norm_eps,
-            pad_token_id=config.pad_token_id,
-            bos_token_id=config.bos_token_id,
-            eos_token_id=config.eos_token_id,
-            tie_word_embeddings=True,
-            attn_implementation="sdpa",
-            use_cache=False,
-        )
-    )
+    llama = llama_config(config, load_tokenizer())
+    llama.use_cache = False  # of no use in training; generate asks for one by itself
+    return LlamaForCausalLM(llama)
 
 
 def adamw(model: torch.nn.Module, learning_rate: float) -> torch.optim.AdamW:
