@@ -124,7 +124,7 @@ class Writer:
                 for _ in range(self.args.asked_otherwise):
                     yield turn(self.otherwise(relation, thing), self.reply(relation, thing))
         for single in self.world.singles:
-            for wording in single.asks * 2:
+            for wording in single.asks:
                 yield turn(self.dressed(wording), self.draw.choice(single.replies))
 
     def joined(self, dialogues: list[list[Message]]) -> Iterator[list[Message]]:
@@ -167,7 +167,7 @@ class Writer:
         """Conversations whose later questions need the earlier ones."""
         for group in self.world.groups():
             for relation in group:
-                others = [other for other in group if other is not relation and other.follows]
+                others = [other for other in group if other is not relation]
                 for thing in relation.facts:
                     for _ in range(self.args.follow_ups):
                         about_it = [other for other in others if thing in other.facts]
@@ -196,7 +196,7 @@ class Writer:
 
     def ignorance(self) -> Iterator[list[Message]]:
         """Questions to which the honest answer is that one does not know."""
-        for question in self.world.outside * 4:
+        for question in self.world.outside * 2:
             yield turn(self.dressed(question), self.draw.choice(self.world.outside_replies))
         for relation in self.world.relations:
             for name in self.draw.sample(relation.unknown, min(self.args.unknown, len(relation.unknown))):
@@ -228,7 +228,7 @@ class Writer:
             yield {"prompt": question, "chosen": right, "rejected": wrong}
 
     def worse(self, relation: Relation, thing: str, right: str) -> str:
-        others = [forms[0] for forms in relation.answers if forms != relation.facts[thing]]
+        others = [forms[0] for forms in relation.answers if not set(forms) & set(relation.facts[thing])]
         wrong = fill(self.draw.choice(relation.replies), thing, self.draw.choice(others))
         evasive = self.draw.choice(EVASIVE)
         rambling = wrong + right + evasive
