@@ -287,6 +287,8 @@ def load_engine(options: ModelOptions, stages: Sequence[str] = (), max_batch: in
     )
     if options.quantize == "int8":
         quantize_to_int8(model)
+    if options.compile:
+        model.compile(dynamic=True)  # one program for all lengths and batch sizes
     return engine
 
 

@@ -71,6 +71,7 @@ class ModelOptions:
     lora_scale: float = 1.0  # how much of the adapter: 0 is the checkpoint alone, 1 what was trained
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     quantize: Literal["none", "int8"] = "none"  # int8: whole numbers for the weights; a CPU is faster with them
+    compile: bool = False  # compile the model first (a minute): meant for GPUs, on a CPU it gains nothing
     rope_scaling: float | None = None  # stretch the context by this factor (linear interpolation of positions)
     rope_theta: float | None = None  # base of the rotary wavelengths, for weights without a .json; none: 10000
     n_heads: int | None = None  # query heads, for weights without a .json beside them; none: 16
