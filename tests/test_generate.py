@@ -64,6 +64,15 @@ def test_greedy_equals_transformers(use_moe, penalty):
     assert ours == reference(network, PROMPT, max_new_tokens=40, repetition_penalty=penalty)
 
 
+@pytest.mark.slow  # half a minute of compiling
+def test_compiled_it_chooses_the_same_tokens():
+    network = make_model()
+    prompts = [(PROMPT[:length], Sampling(**GREEDY, max_new_tokens=12)) for length in (6, 3, 1, 5)]
+    expected = [reference(network, prompt, max_new_tokens=12) for prompt, _ in prompts]
+    network.compile(dynamic=True)
+    assert generate_all(network, prompts, size=3) == expected
+
+
 def test_stops_at_a_stop_id_which_comes_last():
     network = make_model()
     free = generate(network, PROMPT, Sampling(**GREEDY, repetition_penalty=1.3, max_new_tokens=20))
