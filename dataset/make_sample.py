@@ -45,11 +45,11 @@ class Args:
     out_dir: str = "out/demo/sample"  # folder to write to
     world: str = str(ROOT / "dataset/sample/world")  # folder of tables and wordings
     share: float = 1.0  # how much of each table to use: less is learnt faster
-    asked: int = 13  # single questions about each fact, in the wordings of its relation
+    asked: int = 12  # single questions about each fact, in the wordings of its relation
     asked_otherwise: int = 7  # ... and with the thing named first, or as a statement with a gap
     follow_ups: int = 8  # conversations in which each fact is asked for without naming the thing
     joined: float = 0.3  # share of the single questions that come in conversations about this and that, too
-    unknown: int = 54  # questions of each relation about things that do not exist
+    unknown: int = 60  # questions of each relation about things that do not exist
     pairs: int = 300  # answers to prefer
     tested: int = 6  # questions of the test about each relation, single ones and follow-ups each
     seed: int = 42
@@ -124,7 +124,7 @@ class Writer:
                 for _ in range(self.args.asked_otherwise):
                     yield turn(self.otherwise(relation, thing), self.reply(relation, thing))
         for single in self.world.singles:
-            for wording in single.asks:
+            for wording in single.asks * 2:
                 yield turn(self.dressed(wording), self.draw.choice(single.replies))
 
     def joined(self, dialogues: list[list[Message]]) -> Iterator[list[Message]]:

@@ -36,8 +36,9 @@ class Run:
             print(*words, flush=True)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Element-wise sum over all processes, in place."""
+        """Element-wise sum over all processes. One process alone leaves it where it is: no GPU is waited for."""
         if self.world_size > 1:
+            values = values.to(self.device)
             dist.all_reduce(values)
         return values
 

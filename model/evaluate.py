@@ -86,10 +86,7 @@ def share(num_rows: int, batch_size: int, run: Run) -> list[range]:
 
 
 def sum_over_processes(run: Run, *numbers: float) -> list[float]:
-    sums = torch.tensor(numbers, dtype=torch.float64)
-    if run.world_size > 1:  # processes with GPUs exchange what lies on them; other devices may lack float64
-        sums = run.sum(sums.to(run.device))
-    return sums.tolist()
+    return run.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
 
 def summed_loss(model: Transformer, batch: Batch) -> float:

@@ -21,6 +21,7 @@ class Group:
     """What this process has seen of the global batch at work."""
 
     losses: list[Tensor] = field(default_factory=list)  # of each micro-batch
+    numbers: list[float] = field(default_factory=list)  # the same, once they were read
     aux_losses: list[Tensor] = field(default_factory=list)
     expert_load: list[Tensor] = field(default_factory=list)  # [n_layers, E] each
 
@@ -30,9 +31,15 @@ class Group:
             self.aux_losses.append(output.aux_loss.detach())
             self.expert_load.append(output.expert_load.detach())
 
+    def values(self) -> list[float]:
+        """The losses. However often they are asked for, a GPU is waited for once."""
+        if not self.numbers:
+            self.numbers = torch.stack(self.losses).tolist()
+        return self.numbers
+
     def finite(self) -> list[bool]:
         """Of each micro-batch, whether its loss is."""
-        return torch.stack(self.losses).isfinite().tolist()
+        return [math.isfinite(value) for value in self.values()]
 
 
 @dataclass
@@ -52,14 +59,14 @@ class Window:
         if not well:
             self.skipped += 1
             return
-        self.loss += float(torch.stack(group.losses).sum())
+        self.loss += sum(group.values())
         if group.aux_losses:
             self.aux_loss += float(torch.stack(group.aux_losses).sum())
             self.expert_load.append(torch.stack(group.expert_load).mean(0).tolist())
 
     def sum(self, run: Run) -> None:
         """Adds the losses of all processes up on the main one."""
-        sums = run.sum(torch.tensor([self.loss, self.aux_loss], device=run.device))
+        sums = run.sum(torch.tensor([self.loss, self.aux_loss]))
         self.loss, self.aux_loss = sums.tolist() if run.is_main else (0.0, 0.0)
 
     def means(self) -> dict[str, Any]:

@@ -121,7 +121,7 @@ class Trainer:
     def count(self, global_batch: GlobalBatch, signum: int) -> tuple[int, int, bool]:
         """On all processes together: targets, tokens, and whether any of them is to stop."""
         counts = [[batch.num_targets, batch.num_tokens, signum] for batch in global_batch.micro_batches]
-        num_targets, num_tokens, signums = self.run.sum(torch.tensor(counts).sum(0).to(self.run.device)).tolist()
+        num_targets, num_tokens, signums = self.run.sum(torch.tensor(counts).sum(0)).tolist()
         # A global batch without a single target still gives a number: 0 / 1.
         return max(1, num_targets), num_tokens, signums > 0
 
@@ -134,7 +134,7 @@ class Trainer:
         self.group.add(output)
         self.backend.backward(output.loss)
         if self.last_of_group:
-            bad = torch.tensor(self.group.finite().count(False), device=self.run.device)
+            bad = torch.tensor(self.group.finite().count(False))
             finite = int(self.run.sum(bad)) == 0
             factor = learning_rate_factor(self.place.step, self.total_steps, self.args.warmup_steps, self.args.schedule)
             self.grad_norm, self.well = self.backend.update(factor, finite)
