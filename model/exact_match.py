@@ -5,10 +5,12 @@ An answer is right if it names an accepted form of what was asked for, and nothi
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -39,24 +41,26 @@ class Case:
 
 def read_test(path: str | Path) -> tuple[list[Case], dict[str, list[str]], list[str]]:
     """Cases, the forms of all answers of each relation, and what shows that an answer admits ignorance."""
-    try:
-        test = json.loads(Path(path).read_text(encoding="utf-8"))
+    with reading(path, "a test as dataset/make_sample.py writes it") as test:
         answers = {name: [form for forms in groups for form in forms] for name, groups in test["answers"].items()}
         return [Case(**case) for case in test["cases"]], answers, test["dont_know"]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a test as dataset/make_sample.py writes it: {error}") from error
 
 
 def read_results(path: str | Path) -> list[Case]:
     """The cases of an earlier test, with their answers, from what 2-eval.py wrote."""
+    with reading(path, "the --output of an earlier test") as results:
+        return [Case(**case) for case in results["answers"]]
+
+
+@contextmanager
+def reading(path: str | Path, wanted: str) -> Iterator[Any]:
+    """A JSON file's content, while it is taken apart. Raises UserError where it is not what is wanted."""
     try:
-        return [Case(**case) for case in json.loads(Path(path).read_text(encoding="utf-8"))["answers"]]
+        yield json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not the --output of an earlier test") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not {wanted}: {error}") from error
 
 
 def run_test(engine: Engine, sampling: Sampling, path: str | Path) -> list[Case]:

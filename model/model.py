@@ -396,21 +396,13 @@ class Transformer(PreTrainedModel, GenerationMixin):
         x = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # B T D
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        T = x.shape[1]
-        mask = visible_keys(T, past, attention_mask, position_ids, x.device)
-        real = attention_mask[:, -T:] if attention_mask is not None and attention_mask.dim() == 2 else None
-        if position_ids is None:
-            position_ids = default_positions(T, past, attention_mask if real is not None else None, x.device)
-        config = self.config
-        cos, sin = rotary_tables(position_ids, config.dim // config.n_heads, config.rope_theta, config.rope_factor)
-
-        x = F.dropout(x, config.dropout, self.training)
+        placing = self.placing(x, attention_mask, position_ids, past_key_values)
+        x = F.dropout(x, self.config.dropout, self.training)
         hidden_states, balances, loads = [], [], []
         for layer in self.layers:
             if output_hidden_states:
                 hidden_states.append(x)
-            x, balance, load = layer(x, cos, sin, mask, real, past_key_values=past_key_values)
+            x, balance, load = layer(x, *placing, past_key_values=past_key_values)
             balances.append(balance)
             loads.append(load)
         x = self.norm(x)
@@ -428,8 +420,22 @@ class Transformer(PreTrainedModel, GenerationMixin):
             hidden_states=(*hidden_states, x) if output_hidden_states else None,
             last_hidden_state=x,
             aux_loss=aux_loss,
-            expert_load=torch.stack(loads) if config.use_moe else None,
+            expert_load=torch.stack(loads) if self.config.use_moe else None,
         )
+
+    def placing(
+        self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Where tokens stand, for every block: RoPE's cosines and sines, which keys are seen, which tokens are real."""
+        past = cache.get_seq_length() if cache is not None else 0
+        T = x.shape[1]
+        mask = visible_keys(T, past, attention_mask, position_ids, x.device)
+        real = attention_mask[:, -T:] if attention_mask is not None and attention_mask.dim() == 2 else None
+        if position_ids is None:
+            position_ids = default_positions(T, past, attention_mask if real is not None else None, x.device)
+        config = self.config
+        cos, sin = rotary_tables(position_ids, config.dim // config.n_heads, config.rope_theta, config.rope_factor)
+        return cos, sin, mask, real
 
     def losses(
         self, x: Tensor, labels: Tensor, balances: list[Tensor | None], num_items: int | Tensor | None
