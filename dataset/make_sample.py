@@ -45,11 +45,11 @@ class Args:
     out_dir: str = "out/demo/sample"  # folder to write to
     world: str = str(ROOT / "dataset/sample/world")  # folder of tables and wordings
     share: float = 1.0  # how much of each table to use: less is learnt faster
-    asked: int = 12  # single questions about each fact, in the wordings of its relation
-    asked_otherwise: int = 7  # ... and with the thing named first, or as a statement with a gap
-    follow_ups: int = 8  # conversations in which each fact is asked for without naming the thing
-    joined: float = 0.3  # share of the single questions that come in conversations about this and that, too
-    unknown: int = 60  # questions of each relation about things that do not exist
+    asked: int = 10  # single questions about each fact, in the wordings of its relation
+    asked_otherwise: int = 6  # ... and with the thing named first, or as a statement with a gap
+    follow_ups: int = 7  # conversations in which each fact is asked for without naming the thing
+    joined: float = 0.3  # share of the single questions that come again, in conversations about this and that
+    unknown: int = 66  # questions of each relation about things that do not exist
     pairs: int = 300  # answers to prefer
     tested: int = 6  # questions of the test about each relation, single ones and follow-ups each
     seed: int = 42
@@ -111,10 +111,11 @@ class Writer:
     # --- dialogues --------------------------------------------------------------------------------------------------
 
     def dialogues(self) -> Iterator[list[Message]]:
-        alone = [*self.single_questions(), *self.ignorance()]
-        yield from alone
+        answers, ignorance = list(self.single_questions()), list(self.ignorance())
+        yield from answers + ignorance
         yield from self.follow_ups()
-        yield from self.joined(alone)
+        some = self.draw.sample(answers, int(self.args.joined * len(answers)))
+        yield from self.joined(some + ignorance)
 
     def single_questions(self) -> Iterator[list[Message]]:
         for relation in self.world.relations:
@@ -128,12 +129,12 @@ class Writer:
                 yield turn(self.dressed(wording), self.draw.choice(single.replies))
 
     def joined(self, dialogues: list[list[Message]]) -> Iterator[list[Message]]:
-        """Some of them one after another, as one conversation: not every question goes back to an earlier one."""
-        some = self.draw.sample(dialogues, int(self.args.joined * len(dialogues)))
-        while some:
+        """One after another, as one conversation: not every question goes back to an earlier one."""
+        self.draw.shuffle(dialogues)
+        while dialogues:
             size = self.draw.choice((2, 3))
-            yield [message for dialogue in some[:size] for message in dialogue]
-            del some[:size]
+            yield [message for dialogue in dialogues[:size] for message in dialogue]
+            del dialogues[:size]
 
     def sample(self, wordings: list[str], number: int) -> list[str]:
         """As different as can be: each once before any comes twice."""
