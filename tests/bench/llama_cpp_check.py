@@ -68,7 +68,7 @@ def models(args: Args) -> list[tuple[str, Any, Any]]:
     if args.checkpoint:
         return [(Path(args.checkpoint).stem, *load_model(args.checkpoint, tokenizer=args.tokenizer or None))]
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else load_tokenizer()
-    sizes = dict(vocab_size=len(tokenizer), dim=64, n_layers=3, max_seq_len=128)
+    sizes = dict(vocab_size=len(tokenizer), dim=64, hidden_dim=192, n_layers=3, max_seq_len=128)
     kinds = {
         "dense": {},
         "dense, stretched": {"rope_scaling": 2.0, "rope_theta": 5000.0},
@@ -85,7 +85,6 @@ def compare(file: Path, model: Any, tokenizer: Any) -> tuple[int, float, bool]:
     import torch
 
     from model.chat import encode
-    from model.generate import Sampling, generate
     from model.tokenizer import encode_texts
 
     size = min(model.config.max_seq_len, 512)
@@ -101,7 +100,10 @@ def compare(file: Path, model: Any, tokenizer: Any) -> tuple[int, float, bool]:
     same = sum(a == b for a, b in zip(ours, theirs, strict=True))
     same += llama.tokenize(laid_out, add_bos=False, special=True) == prompt
 
-    answer = list(generate(model, prompt, Sampling(temperature=0, max_new_tokens=min(ANSWER, size - len(prompt)))))
+    prompt_1T = torch.tensor([prompt])
+    settings = dict(max_new_tokens=min(ANSWER, size - len(prompt)), do_sample=False, eos_token_id=None, pad_token_id=0)
+    whole = model.generate(prompt_1T, attention_mask=torch.ones_like(prompt_1T), **settings)[0]
+    answer = whole[len(prompt) :].tolist()
     ids = prompt + answer[:-1]
     llama.eval(ids)
     found = torch.tensor(llama.scores[: len(ids)].copy())
