@@ -29,7 +29,7 @@ from .checkpoint import load_model, newest_checkpoint
 from .cli import UserError
 from .distributed import pick_device
 from .generate import Batch, Generation, Sampling
-from .model import Transformer
+from .model import Linear, Transformer
 from .options import InferenceOptions, ModelOptions
 from .tokenizer import encode_texts
 
@@ -300,11 +300,11 @@ def quantize_to_int8(model: Transformer) -> None:
     if model.device.type != "cpu":
         raise UserError(f"--quantize int8 works on a CPU only, not on {model.device.type}: leave it out")
     quantization = torch.ao.quantization
-    matrices = {
-        name: quantization.default_dynamic_qconfig
-        for name, module in model.layers.named_modules()
-        if type(module) is torch.nn.Linear and not name.endswith(".gate")
-    }
+    matrices = {}
+    for name, module in model.layers.named_modules():
+        if type(module) is Linear and not name.endswith(".gate"):
+            module.__class__ = torch.nn.Linear  # which it is but for its speed; PyTorch quantizes no other
+            matrices[name] = quantization.default_dynamic_qconfig
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # announcements of another package that is to take this function over
         quantization.quantize_dynamic(model.layers, matrices, inplace=True)
