@@ -9,7 +9,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from model import model as model_module
 from model.LMConfig import PRESETS, LMConfig
-from model.model import SummedCrossEntropy, Transformer
+from model.model import Linear, SummedCrossEntropy, Transformer
 
 PARAMETERS = {
     "minimind-small-T": 26_878_464,
@@ -346,3 +346,27 @@ def test_compiles_into_one_graph_that_computes_the_same():
         gradients.append(model.layers[0].attention.wq.weight.grad.clone())
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 64), (1, 64), (0, 64)])
+def test_linear_and_its_gradients_are_the_exact_product(shape):
+    torch.manual_seed(0)
+    layer = Linear(64, 48)
+    x = torch.randn(shape, requires_grad=True)
+    grad = torch.randn(*shape[:-1], 48)
+    layer(x).backward(grad)
+    exact_x, exact_weight = (t.detach().double().requires_grad_() for t in (x, layer.weight))
+    exact = torch.einsum("...i,oi->...o", exact_x, exact_weight)
+    exact.backward(grad.double())
+    torch.testing.assert_close(layer(x).double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.weight.grad.double(), exact_weight.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_linear_takes_what_autocast_and_layouts_bring():
+    layer = Linear(64, 48)
+    x = torch.randn(64, 7).t()  # not contiguous
+    torch.testing.assert_close(layer(x), x @ layer.weight.t(), rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
