@@ -7,6 +7,7 @@ E routed experts, k experts a token visits, V vocabulary, N = B·T.
 Read it from top to bottom: the parts in the order in which a token meets them, then `Block`, then `Transformer`.
 """
 
+import math
 import platform
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,30 +26,44 @@ from .LMConfig import LMConfig
 IGNORED_LABEL = -100
 TOKENS_PER_CHUNK = 1024  # of the loss: their logits (of 32,000 tokens: 131 MB) are the most that exist at once
 
+TOKEN_STEP = 256  # on a CPU products over multiples of so many tokens are fast ...
+FEW_TOKENS = 16  # ... and those over so few
 ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ, without gradients. On a CPU by oneDNN: PyTorch's own way, MKL, takes twice as long on AMD's processors."""
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ, without gradients. On a CPU by oneDNN: PyTorch's own way, MKL, takes twice as long on AMD's processors.
+
+    oneDNN keeps a program, and megabytes, for each shape that it meets: this is for shapes that come again and again.
+    """
     plain = not ONEDNN or x.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
     if plain or x.numel() == 0 or not x.dtype == weight.dtype == torch.float32:
         return F.linear(x, weight)
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
+def product_over(tokens: int, x: Tensor, weight: Tensor) -> Tensor:
+    """`product`, if so many tokens are usual: full rows in training, a token for each stream in generation."""
+    usual = tokens <= FEW_TOKENS or tokens % TOKEN_STEP == 0
+    return product(x, weight) if usual else F.linear(x, weight)
+
+
 class LinearFunction(torch.autograd.Function):
-    """`linear` with gradients, which are products of the same kind."""
+    """x Wᵀ and its gradients, which are products of the same kind."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return linear(x, weight)
+        return product_over(x[..., 0].numel(), x, weight)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        x_grad = linear(grad, weight.t()) if ctx.needs_input_grad[0] else None
-        weight_grad = linear(grad.flatten(0, -2).t(), x.flatten(0, -2).t()) if ctx.needs_input_grad[1] else None
+        tokens, x_grad, weight_grad = x[..., 0].numel(), None, None
+        if ctx.needs_input_grad[0]:
+            x_grad = product_over(tokens, grad, weight.t())
+        if ctx.needs_input_grad[1]:
+            weight_grad = product_over(tokens, grad.flatten(0, -2).t(), x.flatten(0, -2).t())
         return x_grad, weight_grad
 
 
@@ -299,8 +314,9 @@ class OutputHead(Linear):
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             # Only answers are trained in fine-tuning. (Where a GPU would have to wait for the count, or a compiler not
             # know the shape, untrained tokens cost their logits and are multiplied by 0.)
-            trained = (labels != IGNORED_LABEL).nonzero()[:, 0]
-            x, labels = x[trained], labels[trained]
+            trained, order = (labels != IGNORED_LABEL).sort(stable=True)  # untrained ones first
+            kept = order[-TOKEN_STEP * math.ceil(int(trained.sum()) / TOKEN_STEP) :]
+            x, labels = x[kept], labels[kept]
         return SummedCrossEntropy.apply(x, self.weight, labels, torch.is_grad_enabled())
 
 
@@ -324,7 +340,7 @@ class SummedCrossEntropy(torch.autograd.Function):
             x, labels = x_ND[start : start + TOKENS_PER_CHUNK], labels_N[start : start + TOKENS_PER_CHUNK, None]
             trained = labels != IGNORED_LABEL
             labels = labels.where(trained, 0)
-            logits = linear(x, weight_VD).float()
+            logits = product_over(len(x), x, weight_VD).float()
             normalizer = logits.logsumexp(-1, keepdim=True)
             total += ((normalizer - logits.gather(-1, labels)) * trained).sum()
             if x_grad is None and weight_grad is None:
@@ -333,9 +349,9 @@ class SummedCrossEntropy(torch.autograd.Function):
             error.scatter_add_(-1, labels, torch.full_like(labels, -1, dtype=error.dtype))  # ... minus one-hot
             error = error.mul_(trained).type_as(x)
             if x_grad is not None:
-                x_grad[start : start + TOKENS_PER_CHUNK] = linear(error, weight_VD.t())
+                x_grad[start : start + TOKENS_PER_CHUNK] = product_over(len(x), error, weight_VD.t())
             if weight_grad is not None:
-                weight_grad += linear(error.t(), x.t())
+                weight_grad += product_over(len(x), error.t(), x.t())
         ctx.save_for_backward(x_grad, weight_grad)
         ctx.weight_dtype = weight_VD.dtype
         return total

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .model import linear
+from .model import product
 
 ADAM_BETAS = (0.9, 0.95)
 EMBEDDING_FACTOR = 8.0  # beside Muon, embedding and norms learn best at so many times the matrices' learning rate
@@ -60,16 +60,16 @@ def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
         X = X.mT
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # now no singular value is above 1
     for _ in range(steps):
-        A = product(X, X)
-        X = a * X + product(b * A + c * product(A, A), X.mT)  # A is symmetric
+        A = times(X, X)
+        X = a * X + times(b * A + c * times(A, A), X.mT)  # A is symmetric
     return X.mT if tall else X
 
 
-def product(A: Tensor, B: Tensor) -> Tensor:
-    """A Bᵀ, of matrices or of stacks of them, which a CPU takes one by one: `linear` is faster than a batch there."""
+def times(A: Tensor, B: Tensor) -> Tensor:
+    """A Bᵀ, of matrices or of stacks of them, which a CPU takes one by one: `product` is faster than a batch there."""
     if A.dim() == 2:
-        return linear(A, B)
-    return torch.stack([product(*pair) for pair in zip(A, B, strict=True)]) if A.device.type == "cpu" else A @ B.mT
+        return product(A, B)
+    return torch.stack([times(*pair) for pair in zip(A, B, strict=True)]) if A.device.type == "cpu" else A @ B.mT
 
 
 def build_optimizers(
