@@ -137,7 +137,7 @@ def embedder(name: str):
         model = SentenceTransformer(name)
     except (OSError, ValueError) as error:
         raise UserError(f"--embedding_model {name} cannot be loaded: {error}") from error
-    return lambda texts: model.encode(texts, normalize_embeddings=True)
+    return lambda texts: model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
 
 
 if __name__ == "__main__":
