@@ -31,13 +31,18 @@ FEW_TOKENS = 16  # ... and those over so few
 ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
 
 
+def takes_onednn(x: Tensor) -> bool:
+    """Whether a product with x may go to oneDNN: not under a compiler or autocast, which choose by themselves."""
+    chosen_elsewhere = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+    return ONEDNN and x.device.type == "cpu" and not chosen_elsewhere
+
+
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x Wᵀ, without gradients. On a CPU by oneDNN: PyTorch's own way, MKL, takes twice as long on AMD's processors.
 
     oneDNN keeps a program, and megabytes, for each shape that it meets: this is for shapes that come again and again.
     """
-    plain = not ONEDNN or x.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
-    if plain or x.numel() == 0 or not x.dtype == weight.dtype == torch.float32:
+    if not takes_onednn(x) or x.numel() == 0 or not x.dtype == weight.dtype == torch.float32:
         return F.linear(x, weight)
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
@@ -74,9 +79,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
-            return LinearFunction.apply(x, self.weight)
-        return super().forward(x)
+        return LinearFunction.apply(x, self.weight) if takes_onednn(x) else super().forward(x)
 
 
 class RMSNorm(nn.Module):
