@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,8 +29,9 @@ from .checkpoint import load_model, newest_checkpoint
 from .cli import UserError
 from .distributed import pick_device
 from .generate import Batch, Generation, Sampling
-from .model import Linear, Transformer
+from .model import Transformer
 from .options import InferenceOptions, ModelOptions
+from .products import Linear
 from .tokenizer import encode_texts
 
 T = TypeVar("T")
@@ -162,7 +163,7 @@ class Engine:
         if self.closing:
             raise Closed("the engine is shutting down")
         if self.thread is None:
-            self.batch = Batch(self.model, self.max_batch, self.context)
+            self.batch = apart(Batch, self.model, self.max_batch, self.context)
             self.thread = threading.Thread(target=self.work, name="engine", daemon=True)
             self.thread.start()
 
@@ -220,6 +221,16 @@ class Engine:
         self.close()
 
 
+def apart(function: Callable[..., T], *args, **kwargs) -> T:
+    """Calls it on a thread that ends with it.
+
+    OpenMP keeps a team of threads for every thread that has ever computed. Two teams are more threads than cores, and
+    then it puts those to sleep that wait for the next product, which halves the engine's speed.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(function, *args, **kwargs).result()
+
+
 def do(future: Future, function: Callable[[], Any]) -> None:
     if not future.set_running_or_notify_cancel():
         return
@@ -274,11 +285,11 @@ def load_engine(options: ModelOptions, stages: Sequence[str] = (), max_batch: in
             raise UserError(f"{name} is {value}, but must be above 0")
     path = Path(options.checkpoint) if options.checkpoint else newest_checkpoint(options.out_dir, stages)
     overrides = {name: getattr(options, name) for name in ("rope_scaling", "rope_theta", "n_heads")}
-    model, tokenizer = load_model(path, device, options.tokenizer or None, **overrides)
+    model, tokenizer = apart(load_model, path, device, options.tokenizer or None, **overrides)
     if options.lora:
         from .adapters import with_adapter  # late: peft takes a second to import
 
-        model = with_adapter(model, options.lora, options.lora_scale)
+        model = apart(with_adapter, model, options.lora, options.lora_scale)
     engine = Engine(model, tokenizer, path, max_batch, max_queue)
     which = "" if options.checkpoint else f", the newest in {options.out_dir}"
     print(
@@ -286,7 +297,7 @@ def load_engine(options: ModelOptions, stages: Sequence[str] = (), max_batch: in
         flush=True,
     )
     if options.quantize == "int8":
-        quantize_to_int8(model)
+        apart(quantize_to_int8, model)
     if options.compile:
         model.compile(dynamic=True)  # one program for all lengths and batch sizes
     return engine

@@ -8,7 +8,6 @@ Read it from top to bottom: the parts in the order in which a token meets them, 
 """
 
 import math
-import platform
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,64 +21,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .LMConfig import LMConfig
+from .products import TOKEN_STEP, Linear, product_over
 
 IGNORED_LABEL = -100
 TOKENS_PER_CHUNK = 1024  # of the loss: their logits (of 32,000 tokens: 131 MB) are the most that exist at once
-
-TOKEN_STEP = 256  # on a CPU products over multiples of so many tokens are fast ...
-FEW_TOKENS = 16  # ... and those over so few
-ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
-
-
-def takes_onednn(x: Tensor) -> bool:
-    """Whether a product with x may go to oneDNN: not under a compiler or autocast, which choose by themselves."""
-    chosen_elsewhere = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
-    return ONEDNN and x.device.type == "cpu" and not chosen_elsewhere
-
-
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ, without gradients. On a CPU by oneDNN: PyTorch's own way, MKL, takes twice as long on AMD's processors.
-
-    oneDNN keeps a program, and megabytes, for each shape that it meets: this is for shapes that come again and again.
-    """
-    if not takes_onednn(x) or x.numel() == 0 or not x.dtype == weight.dtype == torch.float32:
-        return F.linear(x, weight)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-
-def product_over(tokens: int, x: Tensor, weight: Tensor) -> Tensor:
-    """`product`, if so many tokens are usual: full rows in training, a token for each stream in generation."""
-    usual = tokens <= FEW_TOKENS or tokens % TOKEN_STEP == 0
-    return product(x, weight) if usual else F.linear(x, weight)
-
-
-class LinearFunction(torch.autograd.Function):
-    """x Wᵀ and its gradients, which are products of the same kind."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return product_over(x[..., 0].numel(), x, weight)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, weight = ctx.saved_tensors
-        tokens, x_grad, weight_grad = x[..., 0].numel(), None, None
-        if ctx.needs_input_grad[0]:
-            x_grad = product_over(tokens, grad, weight.t())
-        if ctx.needs_input_grad[1]:
-            weight_grad = product_over(tokens, grad.flatten(0, -2).t(), x.flatten(0, -2).t())
-        return x_grad, weight_grad
-
-
-class Linear(nn.Linear):
-    """nn.Linear without a bias, faster on a CPU."""
-
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return LinearFunction.apply(x, self.weight) if takes_onednn(x) else super().forward(x)
 
 
 class RMSNorm(nn.Module):
@@ -170,10 +115,11 @@ class Attention(nn.Module):
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """PyTorch's fused kernels (FlashAttention on a GPU): no [T, S] matrix in memory, no copies of k and v."""
-    causal = mask is None and q.shape[2] > 1
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    # Branches, not values: a compiler that leaves sizes open can follow them.
+    which = {"is_causal": True} if mask is None and q.shape[2] > 1 else {"attn_mask": mask}
+    if q.shape[1] != k.shape[1]:
+        which["enable_gqa"] = True
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **which)
 
 
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -522,6 +468,6 @@ def default_positions(T: int, past: int, attention_mask: Tensor | None, device: 
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
 
 
-# save_pretrained copies this file and LMConfig.py beside the weights, so that the folder loads without this repository.
+# save_pretrained copies this file and what it imports from here, so that the folder loads without this repository.
 LMConfig.register_for_auto_class()
 Transformer.register_for_auto_class("AutoModelForCausalLM")

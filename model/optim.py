@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .model import product
+from .products import product
 
 ADAM_BETAS = (0.9, 0.95)
 EMBEDDING_FACTOR = 8.0  # beside Muon, embedding and norms learn best at so many times the matrices' learning rate

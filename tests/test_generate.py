@@ -64,12 +64,12 @@ def test_greedy_equals_transformers(use_moe, penalty):
     assert ours == reference(network, PROMPT, max_new_tokens=40, repetition_penalty=penalty)
 
 
-@pytest.mark.slow  # half a minute of compiling
-def test_compiled_it_chooses_the_same_tokens():
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])  # the latter: 30 s
+def test_compiled_into_one_graph_it_chooses_the_same_tokens(backend):
     network = make_model()
     prompts = [(PROMPT[:length], Sampling(**GREEDY, max_new_tokens=12)) for length in (6, 3, 1, 5)]
     expected = [reference(network, prompt, max_new_tokens=12) for prompt, _ in prompts]
-    network.compile(dynamic=True)
+    network.compile(dynamic=True, fullgraph=True, backend=backend)
     assert generate_all(network, prompts, size=3) == expected
 
 

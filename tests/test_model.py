@@ -9,7 +9,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from model import model as model_module
 from model.LMConfig import PRESETS, LMConfig
-from model.model import Linear, SummedCrossEntropy, Transformer
+from model.model import SummedCrossEntropy, Transformer
+from model.products import Linear
 
 PARAMETERS = {
     "minimind-small-T": 26_878_464,
@@ -334,9 +335,9 @@ def test_compiles_into_one_graph_that_computes_the_same():
     """Packed rows with untrained tokens, forward and backward; fullgraph raises where the graph would break."""
     model = make_model(dim=64, n_layers=2)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    ids = torch.randint(3, model.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
-    positions = torch.cat([torch.arange(20), torch.arange(12)]).expand(2, -1)
-    labels = ids.masked_fill(torch.arange(32) < 5, -100)
+    ids = torch.randint(3, model.config.vocab_size, (2, 128), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(80), torch.arange(48)]).expand(2, -1)
+    labels = ids.masked_fill(torch.arange(128) < 5, -100)
     losses, gradients = [], []
     for called in (compiled, model):
         model.zero_grad()

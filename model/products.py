@@ -1,0 +1,79 @@
+"""x Wᵀ, the product that nearly all work of the model is, at the speed that a CPU has.
+
+PyTorch hands float32 products on a CPU to MKL, which takes twice as long as it could on AMD's processors; oneDNN, which
+PyTorch brings along too, does not. On other devices, in other precisions, and wherever autocast chooses, all of this is
+plain F.linear.
+"""
+
+import platform
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TOKEN_STEP = 256  # products over multiples of so many tokens are fast ...
+FEW_TOKENS = 16  # ... and those over so few
+ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+
+
+def takes_onednn(x: Tensor) -> bool:
+    """Whether a product with x may go to oneDNN."""
+    return ONEDNN and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+
+def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+# The same under a name of its own: a compiler takes oneDNN's for weights that never change only.
+compiled_product = torch.library.custom_op("minimind::product", onednn_product, mutates_args=())
+compiled_product.register_fake(lambda x, weight: x.new_empty(*x.shape[:-1], len(weight)))
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ, without gradients: x [..., I], weight [O, I] -> [..., O].
+
+    oneDNN keeps a program, and megabytes, for each shape that it meets: this is for shapes that come again and again.
+    """
+    if not takes_onednn(x) or x.numel() == 0 or not x.dtype == weight.dtype == torch.float32:
+        return F.linear(x, weight)
+    return compiled_product(x, weight) if torch.compiler.is_compiling() else onednn_product(x, weight)
+
+
+def product_over(tokens: int, x: Tensor, weight: Tensor) -> Tensor:
+    """`product`, if so many tokens are usual: full rows in training, a token for each stream in generation."""
+    usual = tokens <= FEW_TOKENS or tokens % TOKEN_STEP == 0
+    return product(x, weight) if usual else F.linear(x, weight)
+
+
+class LinearFunction(torch.autograd.Function):
+    """x Wᵀ and its gradients, which are products of the same kind."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product_over(x[..., 0].numel(), x, weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        tokens, x_grad, weight_grad = x[..., 0].numel(), None, None
+        if ctx.needs_input_grad[0]:
+            x_grad = product_over(tokens, grad, weight.t())
+        if ctx.needs_input_grad[1]:
+            weight_grad = product_over(tokens, grad.flatten(0, -2).t(), x.flatten(0, -2).t())
+        return x_grad, weight_grad
+
+
+class Linear(nn.Linear):
+    """nn.Linear without a bias, faster on a CPU."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not takes_onednn(x):
+            return super().forward(x)
+        if not torch.is_grad_enabled():  # an autograd function costs more than it looks, for a token at a time
+            return product_over(x[..., 0].numel(), x, self.weight)
+        return LinearFunction.apply(x, self.weight)
