@@ -32,9 +32,26 @@ class Args:
 
 
 def main(args: Args) -> None:
+    from model.engine import apart
+
+    # Nothing computes on the main thread, and a contestant's thread ends with its turn: see `apart`.
+    work = apart(contestants, args)
+    rounds = [{name: apart(measure, one) for name, one in work.items()} for _ in range(args.rounds + 1)][1:]
+    first = next(iter(work))
+    for name in work:
+        tokens = args.new_tokens * (args.streams if "streams" in name else 1)
+        speed = tokens / statistics.median(seconds[name] for seconds in rounds)
+        ratio = statistics.median(seconds[first] / seconds[name] for seconds in rounds) * tokens / args.new_tokens
+        print(f"{name:<24}{speed:8,.1f} tokens/s, {ratio:5.2f} x {first}")
+    (answer,) = work["engine"]()
+    print(f"a token of the last 64 takes {growth(answer):.2f} x one of the first 64")
+
+
+def contestants(args: Args) -> dict[str, Callable[[], object]]:
+    """Name -> what makes args.new_tokens for each of its streams."""
     import torch
 
-    from model.engine import Engine, quantize_to_int8
+    from model.engine import quantize_to_int8
     from model.LMConfig import LMConfig
     from model.model import Transformer
     from model.tokenizer import load_tokenizer
@@ -46,23 +63,16 @@ def main(args: Args) -> None:
     quantized.load_state_dict(model.state_dict())
     quantize_to_int8(quantized)
     prompt = torch.randint(3, config.vocab_size, (args.prompt_tokens,)).tolist()
-    engines = {"engine": Engine(model, tokenizer), "engine, int8": Engine(quantized, tokenizer)}
-    many = Engine(model, tokenizer, max_batch=args.streams)
-    work: dict[str, Callable[[], object]] = {"transformers.generate": transformers_generate(args, config, prompt)}
-    for name, engine in engines.items():
-        work[name] = lambda engine=engine: generate(args, engine, prompt)
-    work[f"engine, {args.streams} streams"] = lambda: generate(args, many, prompt, args.streams)
+    work: dict[str, Callable[[], object]] = {
+        "transformers.generate": transformers_generate(args, config, prompt),
+        "engine": lambda: generate(args, model, tokenizer, prompt),
+        "engine, int8": lambda: generate(args, quantized, tokenizer, prompt),
+        f"engine, {args.streams} streams": lambda: generate(args, model, tokenizer, prompt, args.streams),
+    }
     if importlib.util.find_spec("llama_cpp"):
         for kind in ("f32", "q8_0"):
             work[f"llama.cpp {kind}"] = llama_cpp(args, model, tokenizer, prompt, kind)
-    rounds = [{name: measure(one) for name, one in work.items()} for _ in range(args.rounds + 1)][1:]
-    first = next(iter(work))
-    for name in work:
-        tokens = args.new_tokens * (args.streams if "streams" in name else 1)
-        speed = tokens / statistics.median(seconds[name] for seconds in rounds)
-        ratio = statistics.median(seconds[first] / seconds[name] for seconds in rounds) * tokens / args.new_tokens
-        print(f"{name:<24}{speed:8,.1f} tokens/s, {ratio:5.2f} x {first}")
-    print(f"a token of the last 64 takes {growth(args, engines['engine'], prompt):.2f} x one of the first 64")
+    return work
 
 
 def measure(work: Callable[[], object]) -> float:
@@ -71,33 +81,32 @@ def measure(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def generate(args: Args, engine, prompt: list[int], streams: int = 1) -> list:
-    """Answers of full length: whatever token ends a text is made impossible."""
+def generate(args: Args, model, tokenizer, prompt: list[int], streams: int = 1) -> list:
+    """Answers of full length: whatever token ends a text is made impossible. `arrived` tells when."""
+    from model.engine import Engine
     from model.generate import Sampling
 
-    never = {engine.tokenizer.eos_token_id: -1e9}
+    never = {tokenizer.eos_token_id: -1e9}
     sampling = Sampling(temperature=0, max_new_tokens=args.new_tokens, logit_bias=never)
-    answers = engine.submit([(prompt, sampling)] * streams)
-    for answer in answers:
-        list(answer)
-        if len(answer.tokens) != args.new_tokens:
-            raise RuntimeError(f"{len(answer.tokens)} tokens instead of {args.new_tokens}")
+    with Engine(model, tokenizer, max_batch=streams) as engine:
+        answers = engine.submit([(prompt, sampling)] * streams)
+        for answer in answers:
+            answer.arrived = [(len(answer.tokens), answer.seconds) for _ in answer]  # at each piece of text
+            if len(answer.tokens) != args.new_tokens:
+                raise RuntimeError(f"{len(answer.tokens)} tokens instead of {args.new_tokens}")
     return answers
 
 
-def growth(args: Args, engine, prompt: list[int]) -> float:
-    """Time of a late token over that of an early one, from when each arrives."""
-    from model.generate import Sampling
+def growth(answer) -> float:
+    """Time of a late token over that of an early one."""
 
-    never = {engine.tokenizer.eos_token_id: -1e9}
-    sampling = Sampling(temperature=0, max_new_tokens=args.new_tokens, logit_bias=never)
-    (answer,) = engine.submit([(prompt, sampling)])
-    arrived = []
-    deliver = answer.deliver
-    answer.deliver = lambda item: (arrived.append(time.perf_counter()), deliver(item))
-    list(answer)
-    steps = [after - before for before, after in zip(arrived[1:], arrived[2:], strict=False)]
-    return statistics.median(steps[-64:]) / statistics.median(steps[:64])
+    def seconds_per_token(first: int, last: int) -> float:
+        inside = [(tokens, seconds) for tokens, seconds in answer.arrived if first <= tokens <= last]
+        (tokens_before, before), (tokens_after, after) = inside[0], inside[-1]
+        return (after - before) / (tokens_after - tokens_before)
+
+    end = len(answer.tokens)
+    return seconds_per_token(end - 64, end) / seconds_per_token(1, 64)
 
 
 def transformers_generate(args: Args, config, prompt: list[int]) -> Callable[[], object]:
