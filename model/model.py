@@ -394,8 +394,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
                 one begins a new segment, and tokens see their own segment only (packed documents).
             labels: [B, T], the same as input_ids, -100 where nothing is to be learnt; shifted here.
             logits_to_keep: how many of the last positions get logits, or their indices; 0 means all.
-            num_items_in_batch: trained tokens of the global batch; the loss is a sum divided by it (default: those
-                of this call, which makes it a mean).
+            num_items_in_batch: trained tokens of the global batch, which divide the summed loss; default: this call's.
         """
         x = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # B T D
         if use_cache and past_key_values is None:
@@ -410,13 +409,9 @@ class Transformer(PreTrainedModel, GenerationMixin):
             balances.append(balance)
             loads.append(load)
         x = self.norm(x)
-
-        loss, aux_loss, logits = None, None, None
-        if labels is None:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.output(x[:, kept])
-        else:
-            loss, aux_loss = self.losses(x, labels, balances, num_items_in_batch)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.output(x[:, kept]) if labels is None else None
+        loss, aux_loss = (None, None) if labels is None else self.losses(x, labels, balances, num_items_in_batch)
         return LMOutput(
             loss=loss,
             logits=logits,

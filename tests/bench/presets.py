@@ -50,20 +50,18 @@ def answer(args: Args, name: str) -> tuple[int, float, float]:
     import torch
     from decoding import generate
 
-    from model.engine import Engine
+    from model.engine import apart
     from model.LMConfig import LMConfig
     from model.model import Transformer
     from model.tokenizer import load_tokenizer
     from model.trainer import peak_memory
 
-    model = Transformer(LMConfig.preset(name, max_seq_len=args.max_seq_len)).eval()
-    prompt = torch.randint(3, 6400, (64,)).tolist()
-    with Engine(model, load_tokenizer()) as engine:
-        generate(args, engine, prompt)
-        started = time.perf_counter()
-        generate(args, engine, prompt)
-        seconds = time.perf_counter() - started
-    return model.num_parameters(), args.new_tokens / seconds, peak_memory(torch.device("cpu"))
+    tokenizer = load_tokenizer()
+    model = apart(lambda: Transformer(LMConfig.preset(name, max_seq_len=args.max_seq_len)).eval())
+    prompt = torch.randint(3, len(tokenizer), (64,)).tolist()
+    generate(args, model, tokenizer, prompt)  # warms up
+    (answer,) = generate(args, model, tokenizer, prompt)
+    return model.num_parameters(), answer.tokens_per_s, peak_memory(torch.device("cpu"))
 
 
 def train(args: Args, name: str) -> tuple[float, float]:
