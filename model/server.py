@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from .cli import UserError
-from .engine import Busy, Closed, Engine, TooLong
+from .engine import Busy, Closed, Engine, TooLong, apart
 from .generate import Sampling
 from .server_gate import ApiError, Gate, Metrics
 from .server_replies import ChatReply, CompletionReply, Interrupted, Reply
@@ -222,7 +222,7 @@ def add_embeddings(app: FastAPI, service: Service) -> None:
             raise TooLong(f"a text has {longest} tokens, but the model's context is {engine.context}")
         if service.embed_texts:
             plain = [text if isinstance(text, str) else engine.tokenizer.decode(text) for text in texts]
-            vectors = np.asarray(await asyncio.to_thread(service.embed_texts, plain), dtype=np.float32)
+            vectors = np.asarray(await asyncio.to_thread(apart, service.embed_texts, plain), dtype=np.float32)
         else:
             vectors = np.array([await asyncio.wrap_future(engine.embed(ids)) for ids in prompts], dtype=np.float32)
         if body.dimensions:

@@ -10,7 +10,7 @@ from conftest import ROOT, load_script, make_model
 from peft import LoraConfig, get_peft_model
 
 from model.checkpoint import save_weights
-from model.choices import LETTERS, Question, find_subjects, guess, make_prompt, read_questions
+from model.choices import LETTERS, Question, find_subjects, guess, make_prompt, padded, read_questions
 from model.cli import UserError, run
 from model.records import Account
 from model.scoreboard import CATEGORIES, CATEGORY_OF, summarize, wilson_interval
@@ -125,13 +125,13 @@ def test_letters_that_are_several_tokens_are_refused(tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize("use_moe", [False, True])
-@pytest.mark.parametrize("style", ["chat", "plain"])
-def test_a_batch_gives_what_one_question_at_a_time_gives(tokenizer, use_moe, style):
+@pytest.mark.parametrize(("style", "size"), [("chat", 5), ("plain", 5), ("chat", 4)])  # of 4, to 64 tokens each
+def test_a_batch_gives_what_one_question_at_a_time_gives(tokenizer, use_moe, style, size):
     model = make_model(use_moe=use_moe)
     questions = [SHORT, LONG, *EXAMPLES, LONG, SHORT]
     prompts = [make_prompt(tokenizer, one, EXAMPLES[: n % 3], style, 400) for n, one in enumerate(questions)]
     assert len({len(prompt.ids) for prompt in prompts}) > 3
-    batched, alone = guess(model, prompts, 5), guess(model, prompts, 1)
+    batched, alone = guess(model, prompts, size), guess(model, prompts, 1)
     assert [one.letter for one in batched] == [one.letter for one in alone]
     for prompt, one, other in zip(prompts, batched, alone, strict=True):
         assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
@@ -141,6 +141,11 @@ def test_a_batch_gives_what_one_question_at_a_time_gives(tokenizer, use_moe, sty
         assert one.probabilities == pytest.approx([p / sum(expected) for p in expected], abs=1e-5)
         assert one.any_letter == pytest.approx(sum(expected), rel=1e-4)
         assert one.letter == "ABCD"[expected.index(max(expected))]
+
+
+@pytest.mark.parametrize(("length", "rows", "expected"), [(121, 4, 128), (128, 4, 128), (129, 16, 144), (121, 3, 121)])
+def test_all_rows_together_are_a_multiple_of_256_tokens_where_that_costs_little(length, rows, expected):
+    assert padded(length, rows) == expected
 
 
 def test_what_prompts_begin_with_is_read_once(tokenizer):
