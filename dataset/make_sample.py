@@ -47,9 +47,9 @@ class Args:
     share: float = 1.0  # how much of each table to use: less is learnt faster
     asked: int = 14  # single questions about each fact, in the wordings of its relation
     asked_otherwise: int = 8  # ... and with the thing named first, or as a statement with a gap
-    follow_ups: int = 10  # conversations in which each fact is asked for without naming the thing
-    joined: float = 0.2  # share of the single questions that come again, in conversations about this and that
-    unknown: int = 88  # questions of each relation about things that do not exist
+    follow_ups: int = 8  # conversations in which each fact is asked for without naming the thing
+    joined: float = 0.3  # share of the single questions that come again, in conversations about this and that
+    unknown: int = 80  # questions of each relation about things that do not exist
     pairs: int = 300  # answers to prefer
     tested: int = 6  # questions of the test about each relation, single ones and follow-ups each
     seed: int = 42
