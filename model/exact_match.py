@@ -93,7 +93,8 @@ def is_right(answer: str, about: str, accept: Sequence[Sequence[str]], others: S
     text = answer.replace(about, " ") if about else answer
     accepted = {form: group for group, forms in enumerate(accept) for form in forms}
     missing = set(range(len(accept)))
-    for form in sorted({*accepted, *others}, key=len, reverse=True):
+    # Of forms as long as one another that overlap in the text, such as 体温 and 温度 in 体温度, a wrong one counts.
+    for form in sorted({*accepted, *others}, key=lambda form: (-len(form), form in accepted, form)):
         text, found = re.subn(whole(form), " ", text)
         if found and form not in accepted:
             return False
