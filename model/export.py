@@ -156,7 +156,7 @@ def write_llama_folder(folder: Path, model: Transformer, tokenizer: PreTrainedTo
 
 
 def write_transformers_folder(folder: Path, model: Transformer, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A transformers folder with model.py and LMConfig.py, for trust_remote_code=True."""
+    """A transformers folder with model.py and the files that it imports, for trust_remote_code=True."""
     ids = special_ids(tokenizer)
     model.generation_config = GenerationConfig(**ids)
     logging.disable_progress_bar()

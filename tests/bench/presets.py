@@ -1,6 +1,6 @@
 """Speed and memory of every preset on this machine: answering, and training 8 rows of 512 tokens as the scripts do.
 
-    python tests/bench/presets.py          # some ten minutes and 15 GB on two cores
+    python tests/bench/presets.py          # some seven minutes and 10 GB on two cores
     python tests/bench/presets.py --models minimind-small-T minimind-moe
 
 Random weights: they do not change the time. Each measurement is a process of its own, so that its peak memory is its
