@@ -67,12 +67,7 @@ def main(args: Args) -> None:
         trainer = Trainer(model.to(run.device), tokenizer, data, args, run, weights, validate if texts else None)
         for batch in trainer.batches():
             with trainer.autocast():
-                output = trainer.model(
-                    input_ids=batch.input_ids,
-                    position_ids=batch.position_ids,
-                    labels=batch.labels,
-                    num_items_in_batch=batch.num_targets,
-                )
+                output = trainer.model(**batch.inputs(trainer.varlen), num_items_in_batch=batch.num_targets)
             trainer.step(output)
 
 

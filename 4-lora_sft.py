@@ -102,12 +102,7 @@ def train(args: Train) -> None:
         trainer = Trainer(model, tokenizer, data, args, run, folder, validate if held_out else None, save)
         for batch in trainer.batches():
             with trainer.autocast():
-                output = trainer.model(
-                    input_ids=batch.input_ids,
-                    position_ids=batch.position_ids,
-                    labels=batch.labels,
-                    num_items_in_batch=batch.num_targets,
-                )
+                output = trainer.model(**batch.inputs(trainer.varlen), num_items_in_batch=batch.num_targets)
             trainer.step(output)
         if args.merge and run.is_main:
             merge(args.init_from, folder, folder.with_suffix(".pth"), tokenizer=args.tokenizer)

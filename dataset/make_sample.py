@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from dataset.world import Relation, World, load_world  # noqa: E402
 from model.cli import run  # noqa: E402
+from model.exact_match import is_right  # noqa: E402
 
 POLITE = ("请问，", "请问", "你好，", "你知道吗，", "告诉我，", "我想问一下，", "帮我看看，", "问个问题：", "")
 EVASIVE = (
@@ -45,8 +46,9 @@ class Args:
     out_dir: str = "out/demo/sample"  # folder to write to
     world: str = str(ROOT / "dataset/sample/world")  # folder of tables and wordings
     share: float = 1.0  # how much of each table to use: less is learnt faster
-    asked: int = 14  # single questions about each fact, in the wordings of its relation
-    asked_otherwise: int = 8  # ... and with the thing named first, or as a statement with a gap
+    read: int = 2  # questions in the pretraining text, in each wording of each relation
+    asked: int = 11  # single questions about a fact, in the wordings of its relation; more where it has few facts
+    asked_otherwise: int = 6  # ... and with the thing named first, or as a statement with a gap
     follow_ups: int = 8  # conversations in which each fact is asked for without naming the thing
     joined: float = 0.3  # share of the single questions that come again, in conversations about this and that
     unknown: int = 80  # questions of each relation about things that do not exist
@@ -67,7 +69,7 @@ def main(args: Args) -> None:
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         print(f"{folder}/{name}.jsonl: {len(records):,} records")
-    test = writer.test()
+    test = Examiner(world, args).test()
     (folder / "test.json").write_text(json.dumps(test, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     print(f"{folder}/test.json: {len(test['cases']):,} questions; {world.num_facts:,} facts")
 
@@ -76,12 +78,16 @@ def turn(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
+def text_of(messages: list[Message]) -> str:
+    return "".join(message["content"] for message in messages)
+
+
 def fill(wording: str, thing: str, answer: str = "") -> str:
     return wording.replace("{x}", thing).replace("{y}", answer)
 
 
 class Writer:
-    """Fills wordings with facts, by lot."""
+    """Fills the training wordings with facts, by lot."""
 
     def __init__(self, world: World, args: Args):
         self.world, self.args, self.draw = world, args, random.Random(args.seed)
@@ -101,6 +107,18 @@ class Writer:
         for single in self.world.singles:
             yield from single.tells
             yield "".join(self.draw.sample(single.tells, min(3, len(single.tells))))
+        yield from self.questions_to_read()
+
+    def questions_to_read(self) -> Iterator[str]:
+        """Every way to ask, with an answer: in fine-tuning the words of questions are seen, but not learnt."""
+        for relation in self.world.relations:
+            for wording in relation.asks * self.args.read:
+                yield text_of(self.asked(relation, self.draw.choice(list(relation.facts)), wording))
+            for wording in relation.follows:
+                yield wording + self.reply(relation, self.draw.choice(list(relation.facts)))
+        for single in self.world.singles:
+            for wording in single.asks:
+                yield text_of(turn(self.dressed(wording), self.draw.choice(single.replies)))
 
     def sentences(self, group: list[Relation], thing: str, number: int) -> list[str]:
         """What there is to say about a thing, each fact in its wording of that number."""
@@ -120,13 +138,21 @@ class Writer:
     def single_questions(self) -> Iterator[list[Message]]:
         for relation in self.world.relations:
             for thing in relation.facts:
-                for wording in self.sample(relation.asks, self.args.asked):
+                for wording in self.sample(relation.asks, self.times(self.args.asked, relation)):
                     yield self.asked(relation, thing, wording)
-                for _ in range(self.args.asked_otherwise):
+                for _ in range(self.times(self.args.asked_otherwise, relation)):
                     yield turn(self.otherwise(relation, thing), self.reply(relation, thing))
         for single in self.world.singles:
             for wording in single.asks * 2:
                 yield turn(self.dressed(wording), self.draw.choice(single.replies))
+
+    def times(self, number: int, relation: Relation) -> int:
+        """How often to ask for a fact: `number` times, and more often where its relation has fewer facts than most.
+
+        However few facts a relation has, it has to be told from the others in all of its wordings.
+        """
+        facts = [len(other.facts) for other in self.world.relations]
+        return round(number * max(1.0, sum(facts) / len(facts) / len(relation.facts)) ** 0.5)
 
     def joined(self, dialogues: list[list[Message]]) -> Iterator[list[Message]]:
         """One after another, as one conversation: not every question goes back to an earlier one."""
@@ -170,7 +196,7 @@ class Writer:
             for relation in group:
                 others = [other for other in group if other is not relation]
                 for thing in relation.facts:
-                    for _ in range(self.args.follow_ups):
+                    for _ in range(self.times(self.args.follow_ups, relation)):
                         about_it = [other for other in others if thing in other.facts]
                         if about_it and self.draw.random() < 0.5:
                             yield self.same_thing(self.draw.choice(about_it), relation, thing)
@@ -233,9 +259,22 @@ class Writer:
         wrong = fill(self.draw.choice(relation.replies), thing, self.draw.choice(others))
         evasive = self.draw.choice(EVASIVE)
         rambling = wrong + right + evasive
-        return self.draw.choice((wrong, wrong, evasive, rambling, self.unknown_reply(thing)))
+        beside = self.beside_the_point(relation, thing) or wrong
+        return self.draw.choice((wrong, beside, evasive, rambling, self.unknown_reply(thing)))
 
-    # --- the test ---------------------------------------------------------------------------------------------------
+    def beside_the_point(self, relation: Relation, thing: str) -> str:
+        """What is true of the thing, but was not asked; empty where there is nothing else."""
+        others = [other for other in self.world.relations if other.about == relation.about and other is not relation]
+        replies = [self.reply(other, thing) for other in others if thing in other.facts]
+        replies = [reply for reply in replies if not is_right(reply, thing, [relation.facts[thing]])]
+        return self.draw.choice(replies) if replies else ""
+
+
+class Examiner:
+    """Fills the test's wordings; draws by itself, so that the test does not depend on how much there is to train."""
+
+    def __init__(self, world: World, args: Args):
+        self.world, self.args, self.draw = world, args, random.Random(args.seed)
 
     def test(self) -> dict:
         """Questions, what is asked about, and which answers are right; a case's `kind` is single, multi or unknown."""

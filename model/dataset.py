@@ -46,12 +46,17 @@ class Batch(NamedTuple):
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
+    cu_seq_lens: Tensor  # [N + 1], int32: where each of the N segments begins in the flattened rows, and the end
     num_tokens: int  # padding not counted
     num_targets: int  # labels that count in the loss, after the shift
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = (x.to(device, non_blocking=True) for x in self[:3])
-        return Batch(*tensors, self.num_tokens, self.num_targets)
+        return Batch(*(x.to(device, non_blocking=True) for x in self[:4]), *self[4:])
+
+    def inputs(self, varlen: bool = False) -> dict[str, Tensor]:
+        """What the model takes. `varlen`: segments are told apart by where they begin, not by a mask."""
+        inputs = dict(input_ids=self.input_ids, position_ids=self.position_ids, labels=self.labels)
+        return inputs | dict(cu_seq_lens_q=self.cu_seq_lens) if varlen else inputs
 
 
 def make_row(segments: Sequence[Segment], length: int, pad_id: int) -> Row:
@@ -69,9 +74,11 @@ def make_row(segments: Sequence[Segment], length: int, pad_id: int) -> Row:
 
 
 def stack(rows: Sequence[Row]) -> Batch:
-    tensors = (torch.from_numpy(np.stack(arrays)) for arrays in list(zip(*rows, strict=True))[:3])
+    ids, positions, labels = (torch.from_numpy(np.stack(arrays)) for arrays in list(zip(*rows, strict=True))[:3])
+    starts = (positions.flatten() == 0).nonzero().flatten()
+    cu_seq_lens = torch.cat([starts, torch.tensor([positions.numel()])]).int()
     num_targets = sum(int((row.labels[1:] != IGNORED_LABEL).sum()) for row in rows)
-    return Batch(*tensors, sum(row.num_tokens for row in rows), num_targets)
+    return Batch(ids, positions, labels, cu_seq_lens, sum(row.num_tokens for row in rows), num_targets)
 
 
 def stack_rows(rows: Sequence[Sequence[Segment]], length: int, pad_id: int) -> Batch:

@@ -91,9 +91,7 @@ def sum_over_processes(run: Run, *numbers: float) -> list[float]:
 
 def summed_loss(model: Transformer, batch: Batch) -> float:
     """Nats, summed over the batch's trained tokens, without the balance loss of a mixture of experts."""
-    output = model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels, num_items_in_batch=1
-    )
+    output = model(**batch.inputs(), num_items_in_batch=1)
     return float(output.loss - (output.aux_loss or 0.0))
 
 

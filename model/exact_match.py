@@ -10,13 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from .cli import UserError
-from .engine import Engine
-from .generate import Sampling
+
+if TYPE_CHECKING:  # torch takes seconds to import, and to judge an answer needs none
+    from .engine import Engine
+    from .generate import Sampling
 
 KINDS = {
     "single": "one question",
@@ -63,7 +65,7 @@ def reading(path: str | Path, wanted: str) -> Iterator[Any]:
         raise UserError(f"{path} is not {wanted}: {error}") from error
 
 
-def run_test(engine: Engine, sampling: Sampling, path: str | Path) -> list[Case]:
+def run_test(engine: "Engine", sampling: "Sampling", path: str | Path) -> list[Case]:
     """Asks all questions, as many at a time as the engine takes, and judges the answers."""
     cases, answers, dont_know = read_test(path)
 

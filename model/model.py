@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -86,6 +87,20 @@ def visible_keys(
     return causal[None, None]
 
 
+class Segments(NamedTuple):
+    """Packed segments for FlashAttention, which skips what a mask would only hide."""
+
+    cu_seq_lens: Tensor  # [N + 1], int32: where each of the N segments begins in the flattened batch, and the end
+    longest: int  # tokens; none has more
+
+
+def takes_varlen(config: LMConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `cu_seq_lens_q` may be given: FlashAttention is for halves, on GPUs since Ampere, and without dropout."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0) and config.flash_attn and not config.dropout
+
+
 class Attention(nn.Module):
     """Causal attention with grouped queries: H/K query heads share a key/value head (Ainslie et al. 2023)."""
 
@@ -101,7 +116,9 @@ class Attention(nn.Module):
         self.dropout = config.dropout
         self.attend = attend_fused if config.flash_attn else attend_plainly
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | Segments | None, cache: Cache | None
+    ) -> Tensor:
         heads = (-1, self.head_dim)
         q = apply_rotary(self.wq(x).unflatten(-1, heads), cos, sin).transpose(1, 2)  # B H T d
         k = apply_rotary(self.wk(x).unflatten(-1, heads), cos, sin).transpose(1, 2)  # B K T d
@@ -113,13 +130,24 @@ class Attention(nn.Module):
         return F.dropout(y, self.dropout, self.training)
 
 
-def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Segments | None, dropout: float) -> Tensor:
     """PyTorch's fused kernels (FlashAttention on a GPU): no [T, S] matrix in memory, no copies of k and v."""
+    if isinstance(mask, Segments):
+        return attend_segments(q, k, v, mask)
     # Branches, not values: a compiler that leaves sizes open can follow them.
     which = {"is_causal": True} if mask is None and q.shape[2] > 1 else {"attn_mask": mask}
     if q.shape[1] != k.shape[1]:
         which["enable_gqa"] = True
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **which)
+
+
+def attend_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """The same without a mask, for segments of any length side by side."""
+    B, _, T, _ = q.shape
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # B·T H d
+    ends, longest = segments.cu_seq_lens, segments.longest
+    y = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=True)  # causal
+    return y.unflatten(0, (B, T)).transpose(1, 2)
 
 
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -238,7 +266,7 @@ class Block(GradientCheckpointingLayer):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | Segments | None,
         real: Tensor | None,
         past_key_values: Cache | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -384,6 +412,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool = False,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs,  # generation and trainers hand over more than a plain decoder has a use for
     ) -> LMOutput:
         """Token ids [B, T] -> logits, or with `labels` the loss.
@@ -395,11 +424,13 @@ class Transformer(PreTrainedModel, GenerationMixin):
             labels: [B, T], the same as input_ids, -100 where nothing is to be learnt; shifted here.
             logits_to_keep: how many of the last positions get logits, or their indices; 0 means all.
             num_items_in_batch: trained tokens of the global batch, which divide the summed loss; default: this call's.
+            cu_seq_lens_q: [N + 1] of int32, where `takes_varlen`: where each segment of the flattened batch begins,
+                and the end. Segments are then told apart by it, not by positions.
         """
         x = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # B T D
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        placing = self.placing(x, attention_mask, position_ids, past_key_values)
+        placing = self.placing(x, attention_mask, position_ids, past_key_values, cu_seq_lens_q)
         x = F.dropout(x, self.config.dropout, self.training)
         hidden_states, balances, loads = [], [], []
         for layer in self.layers:
@@ -423,12 +454,20 @@ class Transformer(PreTrainedModel, GenerationMixin):
         )
 
     def placing(
-        self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        cu_seq_lens: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | Segments | None, Tensor | None]:
         """Where tokens stand, for every block: RoPE's cosines and sines, which keys are seen, which tokens are real."""
         past = cache.get_seq_length() if cache is not None else 0
         T = x.shape[1]
-        mask = visible_keys(T, past, attention_mask, position_ids, x.device)
+        if cu_seq_lens is None:
+            mask = visible_keys(T, past, attention_mask, position_ids, x.device)
+        else:
+            mask = Segments(cu_seq_lens, T)  # no segment is longer than a row
         real = attention_mask[:, -T:] if attention_mask is not None and attention_mask.dim() == 2 else None
         if position_ids is None:
             position_ids = default_positions(T, past, attention_mask if real is not None else None, x.device)

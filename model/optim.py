@@ -104,15 +104,16 @@ def build_optimizers(
     return optimizers
 
 
-def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str, floor: float = 0.1) -> float:
-    """Share of the peak learning rate at a step (from 0): linear warm-up, then down to a tenth.
+def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str, floor: float = 0.0) -> float:
+    """Share of the peak learning rate at a step (from 0): linear warm-up, then down to `floor`.
 
     "cosine" falls all the way; "wsd" (warm-up, stable, decay) stays at the peak and falls linearly over the last fifth,
-    so a run can be prolonged from its stable part (Hu et al. 2024).
+    so a run can be prolonged from its stable part (Hu et al. 2024). To zero is better than to the usual tenth: the last
+    steps settle what the earlier ones have found (Bergsma et al. 2025, "Straight to zero").
     """
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - 1 - warmup)  # 0 at the peak, 1 at the last step
+    progress = (step - warmup) / max(1, steps - warmup)  # 0 at the peak, 1 after the last step
     if schedule == "wsd":
         return 1 - (1 - floor) * max(0.0, (progress - 0.8) / 0.2)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

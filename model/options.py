@@ -34,7 +34,7 @@ class TrainingOptions:
     max_seq_len: int = 512  # tokens of a row
     learning_rate: float = 5e-3  # the highest, after the warm-up
     warmup_steps: int = 30  # steps in which the learning rate rises
-    schedule: Literal["cosine", "wsd"] = "cosine"  # how it falls to a tenth; wsd: only over the last fifth
+    schedule: Literal["cosine", "wsd"] = "cosine"  # how it falls to zero; wsd: only over the last fifth
     optimizer: Literal["auto", "muon", "adamw"] = "auto"  # auto: Muon (matrices) and AdamW; AdamW with DeepSpeed
     weight_decay: float = 0.1  # pull of the matrices towards zero, times the learning rate
     grad_clip: float = 1.0  # longest gradient, as a norm over all parameters; 0: any

@@ -19,6 +19,7 @@ from .backends import TorchBackend
 from .batches import RowSource
 from .dataset import epoch_order, stack
 from .distributed import Run
+from .model import takes_varlen
 from .options import TrainingOptions
 from .resume import random_state, set_random_state
 
@@ -39,6 +40,7 @@ class Prober:
     ):
         self.data, self.device, self.dtype = data, device, dtype
         self.order = epoch_order(len(data), args.seed, 0)
+        self.varlen = takes_varlen(model.config, device, dtype)
         self.backend = TorchBackend(copy.deepcopy(model), args, Run(0, 1, device), dtype)
 
     def micro_batch(self, rows: int, number: int) -> None:
@@ -46,12 +48,7 @@ class Prober:
         places = range(number * rows, (number + 1) * rows)
         batch = stack([self.data.row(int(self.order[place % len(self.order)])) for place in places]).to(self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            output = self.backend.model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                labels=batch.labels,
-                num_items_in_batch=max(1, batch.num_targets),
-            )
+            output = self.backend.model(**batch.inputs(self.varlen), num_items_in_batch=max(1, batch.num_targets))
         self.backend.backward(output.loss)
 
     def step(self, number: int, rows: int, micro_batches: int) -> tuple[list[Usage], Usage]:

@@ -52,12 +52,12 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return product_over(x[..., 0].numel(), x, weight)
+        return product_over(x.numel() // x.shape[-1], x, weight)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        tokens, x_grad, weight_grad = x[..., 0].numel(), None, None
+        tokens, x_grad, weight_grad = x.numel() // x.shape[-1], None, None
         if ctx.needs_input_grad[0]:
             x_grad = product_over(tokens, grad, weight.t())
         if ctx.needs_input_grad[1]:
@@ -75,5 +75,5 @@ class Linear(nn.Linear):
         if not takes_onednn(x):
             return super().forward(x)
         if not torch.is_grad_enabled():  # an autograd function costs more than it looks, for a token at a time
-            return product_over(x[..., 0].numel(), x, self.weight)
+            return product_over(x.numel() // x.shape[-1], x, self.weight)
         return LinearFunction.apply(x, self.weight)

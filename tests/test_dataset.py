@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from conftest import LINES
 
 from model.chat import encode
@@ -101,6 +102,7 @@ def test_stacking_counts_what_is_trained():
     assert batch.input_ids[0].tolist() == [1, 5, 6, 2, 1, 5, 6, 2, 0, 0]
     assert batch.position_ids[0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
     assert batch.labels[0].tolist() == [-100, 5, 6, 2, -100, 5, 6, 2, -100, -100]
+    assert batch.cu_seq_lens.tolist() == [0, 4, 8, 10, 20] and batch.cu_seq_lens.dtype == torch.int32
     assert (batch.num_tokens, batch.num_targets) == (8, 6)
 
 

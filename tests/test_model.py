@@ -9,7 +9,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from model import model as model_module
 from model.LMConfig import PRESETS, LMConfig
-from model.model import SummedCrossEntropy, Transformer
+from model.model import SummedCrossEntropy, Transformer, attend_plainly, takes_varlen
 from model.products import Linear
 
 PARAMETERS = {
@@ -233,6 +233,37 @@ def test_packed_segments_are_as_if_alone(flash_attn):
     states = ours(row, position_ids=positions).last_hidden_state.split(lengths, 1)
     for segment, state in zip(segments, states, strict=True):
         torch.testing.assert_close(state, ours(segment[None]).last_hidden_state, atol=1e-5, rtol=1e-5)
+
+
+def causal_attention_of_each(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, window_size, enable_gqa):
+    """What torch's varlen_attn computes on a GPU: [tokens, heads, d], and window (-1, 0) means causal."""
+    assert window_size == (-1, 0) and enable_gqa and max_q == max_k >= cu_seq_q.diff().max()
+    parts = []
+    for start, end in zip(cu_seq_q[:-1], cu_seq_k[1:], strict=True):
+        one = [x[start:end].transpose(0, 1)[None] for x in (q, k, v)]
+        parts.append(attend_plainly(*one, None, 0.0)[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+def test_segments_told_apart_by_where_they_begin(monkeypatch):
+    """The path that FlashAttention serves, with a plain function in its place: as the mask's path, gradients, too."""
+    monkeypatch.setattr("model.model.varlen_attn", causal_attention_of_each)
+    ours = make_model()
+    positions = torch.tensor([[*range(7), *range(1), *range(12)], [*range(20)]])
+    batch = dict(input_ids=random_ids(2, 20), position_ids=positions, labels=random_ids(2, 20))
+    results = []
+    for more in ({}, {"cu_seq_lens_q": torch.tensor([0, 7, 8, 20, 40], dtype=torch.int32)}):
+        ours.zero_grad()
+        output = ours(**batch, **more)
+        output.loss.backward()
+        results.append([output.loss, output.last_hidden_state, *(p.grad.clone() for p in ours.parameters())])
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
+
+
+def test_flash_attention_takes_halves_on_a_gpu_only():
+    config = make_model().config
+    assert not takes_varlen(config, torch.device("cpu"), torch.bfloat16)
+    assert not takes_varlen(config, torch.device("cuda"), torch.float32)
 
 
 def test_two_rows_may_be_packed_differently():

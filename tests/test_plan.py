@@ -95,7 +95,7 @@ def saved_bytes(model, rows: int) -> int:
 
     batch = stack([Rows().row(number) for number in range(rows)])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels)
+        output = model(**batch.inputs())
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     assert output.loss.requires_grad
     return sum(size for address, size in seen.items() if address not in weights)

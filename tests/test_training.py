@@ -60,10 +60,10 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
 def test_schedules(schedule):
     factors = [learning_rate_factor(step, 100, 10, schedule) for step in range(100)]
     assert factors[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
-    assert max(factors) == 1 and factors[-1] == pytest.approx(0.1)
+    assert max(factors) == 1 and 0 < factors[-1] < (0.06 if schedule == "wsd" else 0.001)
     assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
     middle = factors[54]  # half-way down
-    assert middle == (1.0 if schedule == "wsd" else pytest.approx(0.55, abs=0.02))
+    assert middle == (1.0 if schedule == "wsd" else pytest.approx(0.5, abs=0.02))
 
 
 def make_data(folder, tokenizer_dir):

@@ -28,7 +28,7 @@ class Args:
     new_tokens: int = 128  # of the answer
     batch_size: int = 8  # rows
     max_seq_len: int = 512  # tokens of a row
-    steps: int = 3  # of training, the first of which warms up
+    steps: int = 6  # of training, the first of which warms up
 
 
 def main(args: Args) -> None:

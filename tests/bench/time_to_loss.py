@@ -2,9 +2,10 @@
 
     python tests/bench/time_to_loss.py --data_path dataset/pretrain_data.bin --val_path dataset/pretrain_val.jsonl
 
-The reference: transformers' Llama of the preset's size, random weights, AdamW, warm-up and cosine. Its learning rate
-and batch size are swept at --sweep_tokens, the best two go on to --tokens. Then 1-pretrain.py with its defaults at
-shares of these tokens. It takes hours: every finished run is written to --output, and a new start takes the next one.
+The reference: transformers' Llama of the preset's size, random weights, AdamW, warm-up and a cosine to a tenth. Its
+learning rate and batch size are swept at --sweep_tokens, the best two go on to --tokens. Then 1-pretrain.py with its
+defaults at shares of these tokens. It takes hours: every finished run is written to --output, and a new start takes the
+next one.
 Speeds are not taken from here, where other work may run beside: tests/bench/train_speed.py measures them side by side.
 """
 
@@ -101,7 +102,7 @@ def reference(args: Args, tokens: int, batch_size: int, rate: float) -> float:
     steps = tokens // (batch_size * args.max_seq_len)
     for step in (bar := trange(steps, desc=f"batch {batch_size}, rate {rate:g}", unit="step")):
         for group in optimizer.param_groups:
-            group["lr"] = rate * learning_rate_factor(step, steps, steps // 10, "cosine")
+            group["lr"] = rate * learning_rate_factor(step, steps, steps // 10, "cosine", floor=0.1)
         batch = stack([data.row(i) for i in order[step * batch_size : (step + 1) * batch_size]])
         loss = train_step(model, optimizer, batch.input_ids)
         if step % 10 == 0:
