@@ -12,7 +12,7 @@ demo: train-demo
 
 # The same with fewer facts, in some 3 minutes; fails if fewer than half of the answers are right.
 demo-fast: DEMO = out/demo-fast
-demo-fast: SAMPLE = --share 0.15 --asked 7 --asked_otherwise 4 --follow_ups 3 --unknown 12 --pairs 80 --tested 3
+demo-fast: SAMPLE = --share 0.15 --read 0 --asked 6 --asked_otherwise 4 --follow_ups 3 --unknown 12 --pairs 80 --tested 3
 demo-fast: FLOOR = --floor 0.5
 demo-fast: train-demo
 

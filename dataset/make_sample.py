@@ -46,7 +46,7 @@ class Args:
     out_dir: str = "out/demo/sample"  # folder to write to
     world: str = str(ROOT / "dataset/sample/world")  # folder of tables and wordings
     share: float = 1.0  # how much of each table to use: less is learnt faster
-    read: int = 2  # questions in the pretraining text, in each wording of each relation
+    read: int = 2  # how often each wording of each relation is in the pretraining text, with an answer
     asked: int = 11  # single questions about a fact, in the wordings of its relation; more where it has few facts
     asked_otherwise: int = 6  # ... and with the thing named first, or as a statement with a gap
     follow_ups: int = 8  # conversations in which each fact is asked for without naming the thing
@@ -114,7 +114,7 @@ class Writer:
         for relation in self.world.relations:
             for wording in relation.asks * self.args.read:
                 yield text_of(self.asked(relation, self.draw.choice(list(relation.facts)), wording))
-            for wording in relation.follows:
+            for wording in relation.follows * (self.args.read // 2):
                 yield wording + self.reply(relation, self.draw.choice(list(relation.facts)))
         for single in self.world.singles:
             for wording in single.asks:
@@ -256,8 +256,9 @@ class Writer:
 
     def worse(self, relation: Relation, thing: str, right: str) -> str:
         others = [forms[0] for forms in relation.answers if not set(forms) & set(relation.facts[thing])]
-        wrong = fill(self.draw.choice(relation.replies), thing, self.draw.choice(others))
+        wrong = fill(self.draw.choice(relation.replies), thing, self.draw.choice(others)) if others else ""
         evasive = self.draw.choice(EVASIVE)
+        wrong = wrong or evasive
         rambling = wrong + right + evasive
         beside = self.beside_the_point(relation, thing) or wrong
         return self.draw.choice((wrong, beside, evasive, rambling, self.unknown_reply(thing)))
