@@ -31,7 +31,7 @@ from .chat import TEMPLATE
 from .checkpoint import build, read_tensors, weights_files
 from .cli import UserError
 from .LMConfig import LMConfig
-from .model import Transformer, rotary_tables
+from .model import Transformer, rotary_turns
 
 # Parts of a tensor's name, ours and those of Llama and its relatives; what is not listed is called the same.
 PARTS = {
@@ -285,9 +285,14 @@ def write_llama2c(path: Path, model: Transformer) -> None:
         file.write(LLAMA2C_HEADER.pack(*sizes, config.vocab_size, config.max_seq_len))
         for name in llama2c_names(config.n_layers):
             file.write(state[name].float().numpy().astype("<f4").tobytes())
-        positions = torch.arange(config.max_seq_len)[None]
-        for table in rotary_tables(positions, config.dim // config.n_heads, config.rope_theta):  # T d/2 each
-            file.write(table.numpy().astype("<f4").tobytes())
+        tables = llama2c_rotary_tables(config.max_seq_len, config.dim // config.n_heads)
+        file.write(tables.numpy().astype("<f4").tobytes())
+
+
+def llama2c_rotary_tables(max_seq_len: int, head_dim: int) -> Tensor:
+    """All cosines, then all sines, of every position and pair: [2 · max_seq_len · head_dim / 2]."""
+    turns = rotary_turns(torch.arange(max_seq_len)[None], head_dim, LMConfig.rope_theta)
+    return torch.cat((turns.real.flatten(), turns.imag.flatten()))
 
 
 def read_llama2c(path: Path) -> Transformer:
@@ -300,11 +305,11 @@ def read_llama2c(path: Path) -> Transformer:
         shapes = {name: tensor.shape for name, tensor in Transformer(LMConfig(**fields)).state_dict().items()}
     numbers = torch.from_numpy(np.frombuffer(data, "<f4", offset=LLAMA2C_HEADER.size).copy())
     names = list(llama2c_names(n_layers))
-    tables = rotary_tables(torch.arange(max_seq_len)[None], dim // n_heads, LMConfig.rope_theta)
+    tables = llama2c_rotary_tables(max_seq_len, dim // n_heads)
     sizes = [shapes[name].numel() for name in names]
-    if len(numbers) != sum(sizes) + 2 * tables[0].numel():
+    if len(numbers) != sum(sizes) + len(tables):
         raise UserError(f"{path} has not the size that its header tells")
-    if not torch.equal(numbers[sum(sizes) :], torch.cat(tables).flatten()):
+    if not torch.equal(numbers[sum(sizes) :], tables):
         raise UserError(f"{path} holds other rotary tables than this model's")
     tensors = numbers[: sum(sizes)].split(sizes)
     state = {name: tensor.view(shapes[name]) for name, tensor in zip(names, tensors, strict=True)}

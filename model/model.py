@@ -41,24 +41,22 @@ class RMSNorm(nn.Module):
         return scaled.type_as(x) * self.weight
 
 
-def rotary_tables(position_ids: Tensor, head_dim: int, theta: float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE's angles, position · theta^(-2i/d) (Su et al. 2021): two tensors [B, T, 1, d/2].
+def rotary_turns(position_ids: Tensor, head_dim: int, theta: float, factor: float = 1.0) -> Tensor:
+    """RoPE's rotations (Su et al. 2021), complex numbers e^(i · position · theta^(-2j/d)): [B, T, 1, d/2].
 
-    `factor` divides the positions (linear interpolation, Chen et al. 2023). The tables are cheap, so they are made
-    anew for each call: nothing has to be stored with the weights or ends at a longest context.
+    `factor` divides the positions (linear interpolation, Chen et al. 2023). They are cheap, so they are made anew for
+    each call: nothing has to be stored with the weights or ends at a longest context.
     """
     exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
     frequencies = 1.0 / theta**exponents  # d/2
-    positions = position_ids.float() / factor
-    angles = positions[:, :, None, None] * frequencies
-    return angles.cos(), angles.sin()
+    angles = (position_ids.float() / factor)[:, :, None, None] * frequencies
+    return torch.polar(torch.ones_like(angles), angles)
 
 
-def apply_rotary(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair of neighbouring features (2i, 2i+1) by its angle."""
-    even, odd = x_BTHd.float().unflatten(-1, (-1, 2)).unbind(-1)  # each B T H d/2
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).type_as(x_BTHd)
+def apply_rotary(x_BTHd: Tensor, turns: Tensor) -> Tensor:
+    """Turns each pair of neighbouring features (2i, 2i+1), taken as a complex number, by its angle."""
+    pairs = torch.view_as_complex(x_BTHd.float().unflatten(-1, (-1, 2)))  # B T H d/2
+    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x_BTHd)
 
 
 def visible_keys(
@@ -116,12 +114,10 @@ class Attention(nn.Module):
         self.dropout = config.dropout
         self.attend = attend_fused if config.flash_attn else attend_plainly
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | Segments | None, cache: Cache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, turns: Tensor, mask: Tensor | Segments | None, cache: Cache | None) -> Tensor:
         heads = (-1, self.head_dim)
-        q = apply_rotary(self.wq(x).unflatten(-1, heads), cos, sin).transpose(1, 2)  # B H T d
-        k = apply_rotary(self.wk(x).unflatten(-1, heads), cos, sin).transpose(1, 2)  # B K T d
+        q = apply_rotary(self.wq(x).unflatten(-1, heads), turns).transpose(1, 2)  # B H T d
+        k = apply_rotary(self.wk(x).unflatten(-1, heads), turns).transpose(1, 2)  # B K T d
         v = self.wv(x).unflatten(-1, heads).transpose(1, 2)  # B K T d
         if cache is not None:
             k, v = cache.update(k, v, self.layer_index)  # B K S d
@@ -264,14 +260,13 @@ class Block(GradientCheckpointingLayer):
     def forward(
         self,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        turns: Tensor,
         mask: Tensor | Segments | None,
         real: Tensor | None,
         past_key_values: Cache | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Returns x, and the routing's balance and load, one by one: only so does reentrant checkpointing see them."""
-        x = x + self.attention(self.attention_norm(x), cos, sin, mask, past_key_values)
+        x = x + self.attention(self.attention_norm(x), turns, mask, past_key_values)
         if self.is_moe:
             y, routing = self.feed_forward(self.ffn_norm(x), real)
             return x + y, routing.balance, routing.load
@@ -317,12 +312,11 @@ class SummedCrossEntropy(torch.autograd.Function):
             x, labels = x_ND[start : start + TOKENS_PER_CHUNK], labels_N[start : start + TOKENS_PER_CHUNK, None]
             trained = labels != IGNORED_LABEL
             labels = labels.where(trained, 0)
-            logits = product_over(len(x), x, weight_VD).float()
-            normalizer = logits.logsumexp(-1, keepdim=True)
-            total += ((normalizer - logits.gather(-1, labels)) * trained).sum()
+            logprobs = product_over(len(x), x, weight_VD).float().log_softmax(-1)
+            total -= (logprobs.gather(-1, labels) * trained).sum()
             if x_grad is None and weight_grad is None:
                 continue
-            error = logits.sub_(normalizer).exp_()  # now the probabilities ...
+            error = logprobs.exp_()  # now the probabilities ...
             error.scatter_add_(-1, labels, torch.full_like(labels, -1, dtype=error.dtype))  # ... minus one-hot
             error = error.mul_(trained).type_as(x)
             if x_grad is not None:
@@ -460,8 +454,8 @@ class Transformer(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None,
         cache: Cache | None,
         cu_seq_lens: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor | Segments | None, Tensor | None]:
-        """Where tokens stand, for every block: RoPE's cosines and sines, which keys are seen, which tokens are real."""
+    ) -> tuple[Tensor, Tensor | Segments | None, Tensor | None]:
+        """Where tokens stand, for every block: RoPE's rotations, which keys are seen, which tokens are real."""
         past = cache.get_seq_length() if cache is not None else 0
         T = x.shape[1]
         if cu_seq_lens is None:
@@ -472,8 +466,8 @@ class Transformer(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = default_positions(T, past, attention_mask if real is not None else None, x.device)
         config = self.config
-        cos, sin = rotary_tables(position_ids, config.dim // config.n_heads, config.rope_theta, config.rope_factor)
-        return cos, sin, mask, real
+        turns = rotary_turns(position_ids, config.dim // config.n_heads, config.rope_theta, config.rope_factor)
+        return turns, mask, real
 
     def losses(
         self, x: Tensor, labels: Tensor, balances: list[Tensor | None], num_items: int | Tensor | None

@@ -1,11 +1,9 @@
 """x Wᵀ, the product that nearly all work of the model is, at the speed that a CPU has.
 
 PyTorch hands float32 products on a CPU to MKL, which takes twice as long as it could on AMD's processors; oneDNN, which
-PyTorch brings along too, does not. On other devices, in other precisions, and wherever autocast chooses, all of this is
-plain F.linear.
+PyTorch brings along too, does not. On Intel's processors MKL is the faster one. There, on other devices, in other
+precisions, and wherever autocast chooses, all of this is plain F.linear.
 """
-
-import platform
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +11,15 @@ from torch import Tensor, nn
 
 TOKEN_STEP = 256  # products over multiples of so many tokens are fast ...
 FEW_TOKENS = 16  # ... and those over so few
-ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+
+
+def mkl_is_slow() -> bool:
+    """Whether this is an x86 processor that Intel has not made."""
+    cpu = torch.cpu.get_capabilities()
+    return cpu.get("architecture") == "x86_64" and not cpu.get("cpu_name", "").startswith("Intel")
+
+
+ONEDNN = torch.backends.mkldnn.is_available() and mkl_is_slow()
 
 
 def takes_onednn(x: Tensor) -> bool:

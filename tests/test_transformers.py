@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from test_model import random_ids
 from transformers import Trainer, TrainingArguments
 
-from model.model import Transformer, rotary_tables
+from model.model import Transformer, rotary_turns
 
 DENSE_LAYER = ["attention.wq", "attention.wk", "attention.wv", "attention.wo", "attention_norm", "ffn_norm"]
 FEED_FORWARD = ["w1", "w2", "w3"]
@@ -41,10 +41,10 @@ folder, results = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 tokenizer = AutoTokenizer.from_pretrained(folder)
 module = sys.modules[type(model).__module__]
-cos, sin = module.rotary_tables(torch.arange(50)[None], 8, model.config.rope_theta, model.config.rope_factor)
+turns = module.rotary_turns(torch.arange(50)[None], 8, model.config.rope_theta, model.config.rope_factor)
 ids = torch.load(results + ".ids", weights_only=True)
 generated = model.generate(ids, max_new_tokens=5, do_sample=False)
-torch.save({"logits": model(ids).logits, "cos": cos, "sin": sin, "generated": generated}, results)
+torch.save({"logits": model(ids).logits, "turns": turns, "generated": generated}, results)
 assert len(tokenizer("你好").input_ids) > 0
 """
 
@@ -64,8 +64,8 @@ def test_a_saved_folder_loads_anywhere(use_moe, tokenizer, tmp_path):
     assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "results", weights_only=True)
     torch.testing.assert_close(found["logits"], ours(ids).logits)
-    cos, sin = rotary_tables(torch.arange(50)[None], 8, ours.config.rope_theta, 2.0)
-    assert torch.equal(found["cos"], cos) and torch.equal(found["sin"], sin)
+    turns = rotary_turns(torch.arange(50)[None], 8, ours.config.rope_theta, 2.0)
+    assert torch.equal(found["turns"], turns)
     assert found["generated"].tolist() == ours.generate(ids, max_new_tokens=5, do_sample=False).tolist()
 
     again = Transformer.from_pretrained(tmp_path / "folder")
