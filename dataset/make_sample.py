@@ -152,7 +152,7 @@ class Writer:
         However few facts a relation has, it has to be told from the others in all of its wordings.
         """
         facts = [len(other.facts) for other in self.world.relations]
-        return round(number * max(1.0, sum(facts) / len(facts) / len(relation.facts)) ** 0.5)
+        return round(number * max(1.0, sum(facts) / len(facts) / len(relation.facts)) ** 0.7)
 
     def joined(self, dialogues: list[list[Message]]) -> Iterator[list[Message]]:
         """One after another, as one conversation: not every question goes back to an earlier one."""
@@ -198,7 +198,7 @@ class Writer:
                 for thing in relation.facts:
                     for _ in range(self.times(self.args.follow_ups, relation)):
                         about_it = [other for other in others if thing in other.facts]
-                        if about_it and self.draw.random() < 0.5:
+                        if about_it and self.draw.random() < 0.65:
                             yield self.same_thing(self.draw.choice(about_it), relation, thing)
                         else:
                             yield self.same_question(relation, thing)
@@ -213,17 +213,18 @@ class Writer:
         return messages + turn(self.draw.choice(second.follows), self.reply(second, thing))
 
     def same_question(self, relation: Relation, thing: str) -> list[Message]:
-        """The same question about another thing: the one given is asked for last."""
+        """The same question about another thing, answered in the same words: the one given is asked for last."""
         things = [other for other in relation.facts if other != thing]
         things = [*self.draw.sample(things, min(len(things), self.draw.choice((1, 1, 2)))), thing]
-        messages = self.asked(relation, things[0])
-        for other in things[1:]:
-            messages += turn(fill(self.draw.choice(self.world.same_question), other), self.reply(relation, other))
-        return messages
+        questions = [self.dressed(fill(self.draw.choice(relation.asks), things[0]))]
+        questions += [fill(self.draw.choice(self.world.same_question), other) for other in things[1:]]
+        reply = self.draw.choice(relation.replies)
+        answers = [fill(reply, other, relation.facts[other][0]) for other in things]
+        return [message for pair in zip(questions, answers, strict=True) for message in turn(*pair)]
 
     def ignorance(self) -> Iterator[list[Message]]:
         """Questions to which the honest answer is that one does not know."""
-        for question in self.world.outside * 2:
+        for question in self.world.outside * 3:
             yield turn(self.dressed(question), self.draw.choice(self.world.outside_replies))
         for relation in self.world.relations:
             for name in self.draw.sample(relation.unknown, min(self.args.unknown, len(relation.unknown))):
