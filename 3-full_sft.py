@@ -50,6 +50,7 @@ def main(args: Args) -> None:
             args.init_from = str(newest_start(stage, Path(args.out_dir)))
             run.print(f"first weights: {args.init_from}")
         model, tokenizer = load_model(args.init_from, tokenizer=args.tokenizer or None)
+        model.config.max_seq_len = max(model.config.max_seq_len, args.max_seq_len)  # longer rows teach a longer context
         data = SFTDataset(args.data_path, tokenizer, args.max_seq_len, args.packing)
         run.print(data.account())
         held_out = SFTDataset(args.val_path, tokenizer, args.max_seq_len) if args.val_path else None

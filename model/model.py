@@ -318,11 +318,12 @@ class SummedCrossEntropy(torch.autograd.Function):
                 continue
             error = logprobs.exp_()  # now the probabilities ...
             error.scatter_add_(-1, labels, torch.full_like(labels, -1, dtype=error.dtype))  # ... minus one-hot
-            error = error.mul_(trained).type_as(x)
+            error = error.type_as(x)
+            # Untrained tokens have no part in it: where they are few numbers, not where they are V each.
             if x_grad is not None:
-                x_grad[start : start + TOKENS_PER_CHUNK] = product_over(len(x), error, weight_VD.t())
+                x_grad[start : start + TOKENS_PER_CHUNK] = product_over(len(x), error, weight_VD.t()) * trained
             if weight_grad is not None:
-                weight_grad += product_over(len(x), error.t(), x.t())
+                weight_grad += product_over(len(x), error.t(), (x * trained).t())
         ctx.save_for_backward(x_grad, weight_grad)
         ctx.weight_dtype = weight_VD.dtype
         return total

@@ -40,7 +40,7 @@ class TrainingOptions:
     grad_clip: float = 1.0  # longest gradient, as a norm over all parameters; 0: any
     seed: int = 42  # of fresh weights, the order of the data, and dropout
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: the GPU's best half
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: a half if it is fast
     compile: bool = False  # compile the model first (half a minute): steps are then faster and take less memory
     deepspeed: str = ""  # train with DeepSpeed: zero1, zero2, zero3 or a JSON file of its settings; empty: PyTorch
     log_interval: int = 10  # steps between lines of the metrics

@@ -1,11 +1,16 @@
 """What tests share: a small tokenizer and small models, made here, so that no test needs data or downloads."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+# Before torch is imported: the same precision on every machine, also where --dtype auto would take bfloat16.
+os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast

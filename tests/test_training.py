@@ -15,6 +15,7 @@ from model.checkpoint import load_model
 from model.cli import parse
 from model.optim import Muon, build_optimizers, learning_rate_factor, orthogonalize
 from model.tokenizer import encode_texts, load_tokenizer, tokenizer_hash
+from model.trainer import pick_dtype
 
 
 @pytest.mark.parametrize("onednn", [True, False])
@@ -228,6 +229,23 @@ def test_mistakes_end_with_one_line_and_exit_code_2(flags, words, capsys, monkey
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "level", "expected"),
+    [
+        ({"amx_bf16": True}, "AVX512", torch.bfloat16),
+        ({"amx_bf16": True}, "AVX2", torch.float32),  # PyTorch is told to do without
+        ({"amx_bf16": False}, "AVX512", torch.float32),
+        ({}, "DEFAULT", torch.float32),  # another architecture
+    ],
+)
+def test_auto_takes_bfloat16_on_a_cpu_only_where_it_is_fast(monkeypatch, capabilities, level, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: level)
+    assert pick_dtype("auto", torch.device("cpu")) == expected
+    assert pick_dtype("float32", torch.device("cpu")) == torch.float32
+    assert pick_dtype("auto", torch.device("mps")) == torch.float32
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
