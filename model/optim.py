@@ -17,7 +17,7 @@ class Muon(torch.optim.Optimizer):
 
     The update is scaled to the typical size of AdamW's (0.2 in root mean square, Liu et al. 2025, "Muon is scalable"),
     so one learning rate and one weight decay serve both. torch.optim.Muon does the same in bfloat16, which takes
-    seconds a step on a CPU; here the iteration runs in float32, with half to two thirds of the products.
+    seconds a step on a CPU; here it runs in float32, and for long matrices with two thirds of the products.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float = 0.0):
