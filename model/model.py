@@ -414,13 +414,11 @@ class Transformer(PreTrainedModel, GenerationMixin):
 
         Args:
             attention_mask: [B, S], 0 at padding (on either side), earlier tokens of the cache included.
-            position_ids: [B, T]. Without an attention mask and a cache, a position that is not its predecessor plus
-                one begins a new segment, and tokens see their own segment only (packed documents).
+            position_ids: [B, T]; packed segments (`visible_keys`) begin where one is not its predecessor plus one.
             labels: [B, T], the same as input_ids, -100 where nothing is to be learnt; shifted here.
             logits_to_keep: how many of the last positions get logits, or their indices; 0 means all.
             num_items_in_batch: trained tokens of the global batch, which divide the summed loss; default: this call's.
-            cu_seq_lens_q: [N + 1] of int32, where `takes_varlen`: where each segment of the flattened batch begins,
-                and the end. Segments are then told apart by it, not by positions.
+            cu_seq_lens_q: [N + 1] of int32, where `takes_varlen`: the flattened batch's segments begin there, or end.
         """
         x = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # B T D
         if use_cache and past_key_values is None:

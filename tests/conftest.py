@@ -51,6 +51,13 @@ def tokenizer(tokenizer_dir: Path) -> PreTrainedTokenizerBase:
     return load_tokenizer(tokenizer_dir)
 
 
+@pytest.fixture(params=["oneDNN", "PyTorch's own"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both kinds of products, whichever this machine's processor would take."""
+    onednn = request.param == "oneDNN" and torch.backends.mkldnn.is_available()
+    monkeypatch.setattr("model.products.ONEDNN", onednn)
+
+
 def make_model(seed: int = 0, **overrides) -> Transformer:
     """Random weights, larger than fresh ones, so that the next token's distribution is far from even."""
     fields = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, max_seq_len=64, multiple_of=16)

@@ -380,10 +380,9 @@ def test_compiles_into_one_graph_that_computes_the_same():
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("shape", [(3, 5, 64), (1, 64), (0, 64)])
-def test_linear_and_its_gradients_are_the_exact_product(shape, onednn, monkeypatch):
-    monkeypatch.setattr("model.products.ONEDNN", onednn and torch.backends.mkldnn.is_available())
+def test_linear_and_its_gradients_are_the_exact_product(shape):
     torch.manual_seed(0)
     layer = Linear(64, 48)
     x = torch.randn(shape, requires_grad=True)
@@ -397,9 +396,8 @@ def test_linear_and_its_gradients_are_the_exact_product(shape, onednn, monkeypat
     torch.testing.assert_close(layer.weight.grad.double(), exact_weight.grad, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("onednn", [True, False])
-def test_linear_takes_what_autocast_and_layouts_bring(onednn, monkeypatch):
-    monkeypatch.setattr("model.products.ONEDNN", onednn and torch.backends.mkldnn.is_available())
+@pytest.mark.usefixtures("products")
+def test_linear_takes_what_autocast_and_layouts_bring():
     layer = Linear(64, 48)
     x = torch.randn(64, 7).t()  # not contiguous
     torch.testing.assert_close(layer(x), x @ layer.weight.t(), rtol=1e-5, atol=1e-5)

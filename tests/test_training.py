@@ -18,9 +18,8 @@ from model.tokenizer import encode_texts, load_tokenizer, tokenizer_hash
 from model.trainer import pick_dtype
 
 
-@pytest.mark.parametrize("onednn", [True, False])
-def test_orthogonalized_updates_have_singular_values_near_one(onednn, monkeypatch):
-    monkeypatch.setattr("model.products.ONEDNN", onednn and torch.backends.mkldnn.is_available())
+@pytest.mark.usefixtures("products")
+def test_orthogonalized_updates_have_singular_values_near_one():
     torch.manual_seed(0)
     for shape in [(40, 40), (40, 100), (3, 100, 40)]:
         G = torch.randn(shape)
