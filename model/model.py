@@ -25,7 +25,7 @@ from .LMConfig import LMConfig
 from .products import TOKEN_STEP, Linear, product_over
 
 IGNORED_LABEL = -100
-TOKENS_PER_CHUNK = 1024  # of the loss: their logits (of 32,000 tokens: 131 MB) are the most that exist at once
+TOKENS_PER_CHUNK = 512  # of the loss: their logits (of 32,000 tokens: 66 MB) are the most that exist at once
 
 
 class RMSNorm(nn.Module):
@@ -37,8 +37,38 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        scaled = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
-        return scaled.type_as(x) * self.weight
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return RMSNormFunction.apply(x, self.weight, self.eps)
+        scaled, _ = divided_by_rms(x, self.eps)
+        return scaled * self.weight
+
+
+def divided_by_rms(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / rms(x), and 1 / rms(x) of each token in float32."""
+    factor = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+    return (x.float() * factor).type_as(x), factor
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """RMSNorm with its gradient by hand, in half of autograd's time: s = x / rms(x), y = s · w gives
+    dx = (dy · w - s · mean(dy · w · s)) / rms(x)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scaled, factor = divided_by_rms(x, eps)
+        ctx.save_for_backward(scaled, factor, weight)
+        y, device = scaled * weight, x.device.type
+        # Under autocast all products round what they get: once for all of them, here.
+        return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        scaled, factor, weight = ctx.saved_tensors
+        weight_grad = grad * scaled
+        scaled_grad = grad * weight
+        mean = (weight_grad * weight).mean(-1, keepdim=True)
+        x_grad = scaled_grad.addcmul_(scaled, mean, value=-1).mul_(factor)
+        return x_grad.type_as(scaled), weight_grad.flatten(0, -2).sum(0), None
 
 
 def rotary_turns(position_ids: Tensor, head_dim: int, theta: float, factor: float = 1.0) -> Tensor:
@@ -134,6 +164,10 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Segments | None
     which = {"is_causal": True} if mask is None and q.shape[2] > 1 else {"attn_mask": mask}
     if q.shape[1] != k.shape[1]:
         which["enable_gqa"] = True
+    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        # Going back, the kernel for CPUs takes four times as long in halves as it does in float32.
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), dropout_p=dropout, **which)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **which)
 
 
@@ -308,11 +342,12 @@ class SummedCrossEntropy(torch.autograd.Function):
         if training and ctx.needs_input_grad[1]:
             weight_grad = torch.zeros_like(weight_VD, dtype=torch.float32)
         total = torch.zeros((), device=x_ND.device)
+        weight = weight_VD.type_as(x_ND)  # under autocast once, not for each chunk
         for start in range(0, len(x_ND), TOKENS_PER_CHUNK):
             x, labels = x_ND[start : start + TOKENS_PER_CHUNK], labels_N[start : start + TOKENS_PER_CHUNK, None]
             trained = labels != IGNORED_LABEL
             labels = labels.where(trained, 0)
-            logprobs = product_over(len(x), x, weight_VD).float().log_softmax(-1)
+            logprobs = product_over(len(x), x, weight).float().log_softmax(-1)
             total -= (logprobs.gather(-1, labels) * trained).sum()
             if x_grad is None and weight_grad is None:
                 continue
@@ -321,7 +356,7 @@ class SummedCrossEntropy(torch.autograd.Function):
             error = error.type_as(x)
             # Untrained tokens have no part in it: where they are few numbers, not where they are V each.
             if x_grad is not None:
-                x_grad[start : start + TOKENS_PER_CHUNK] = product_over(len(x), error, weight_VD.t()) * trained
+                x_grad[start : start + TOKENS_PER_CHUNK] = product_over(len(x), error, weight.t()) * trained
             if weight_grad is not None:
                 weight_grad += product_over(len(x), error.t(), (x * trained).t())
         ctx.save_for_backward(x_grad, weight_grad)

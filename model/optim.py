@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .products import product, takes_onednn
+from .products import has_bfloat16, product, takes_onednn
 
 ADAM_BETAS = (0.9, 0.95)
 EMBEDDING_FACTOR = 8.0  # beside Muon, embedding and norms learn best at so many times the matrices' learning rate
@@ -16,8 +16,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update of a matrix is replaced by the nearest (semi-)orthogonal matrix (Jordan et al. 2024).
 
     The update is scaled to the typical size of AdamW's (0.2 in root mean square, Liu et al. 2025, "Muon is scalable"),
-    so one learning rate and one weight decay serve both. torch.optim.Muon does the same in bfloat16, which takes
-    seconds a step on a CPU; here it runs in float32, and for long matrices with two thirds of the products.
+    so one learning rate and one weight decay serve both. torch.optim.Muon does the same, but one matrix after another
+    and always in bfloat16, which takes seconds a step on most CPUs.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float = 0.0):
@@ -51,24 +51,34 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
     """[…, m, n] -> U Vᵀ of its singular value decomposition, nearly: singular values end between 0.7 and 1.2.
 
-    Newton-Schulz iteration X <- factor(A) X, A = X Xᵀ, with factors whose coefficients make small singular values grow
-    fastest (Jordan 2024). All of them are polynomials of the first A, so they are symmetric and commute, and the A of
-    the next X is A factor². So X, the larger matrix, need not be touched until all factors are known. As A squares
-    what X has been rounded by, this has to be done in float32.
+    Newton-Schulz iteration X <- factor(X Xᵀ) X, with factors whose coefficients make small singular values grow
+    fastest (Jordan 2024). In bfloat16, as published, where the device is made for it, else with fewer products.
     """
-    X = G.float()
-    tall = X.shape[-2] > X.shape[-1]
-    if tall:
-        X = X.mT
+    tall = G.shape[-2] > G.shape[-1]
+    X = G.float().mT if tall else G.float()
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # now no singular value is above 1
+    X = iterate_in_bfloat16(X, steps) if has_bfloat16(G.device) else iterate_factors(X, steps)
+    return X.mT if tall else X
+
+
+def iterate_in_bfloat16(X: Tensor, steps: int) -> Tensor:
+    X = X.bfloat16()
+    for _ in range(steps):
+        X = quintic_factor(X @ X.mT) @ X
+    return X
+
+
+def iterate_factors(X: Tensor, steps: int) -> Tensor:
+    """All factors are polynomials of the first A = X Xᵀ, so they are symmetric and commute, and the A of the next X is
+    A factor²: X, the larger matrix, need not be touched until all factors are known. As A squares what X has been
+    rounded by, this has to be done in float32."""
     A = times(X, X.mT)
     factors = factor = quintic_factor(A)
     for _ in range(steps - 1):
         A = times(times(A, factor), factor)
         factor = quintic_factor(A)
         factors = times(factors, factor)
-    X = times(factors, X)
-    return X.mT if tall else X
+    return times(factors, X)
 
 
 def quintic_factor(A: Tensor) -> Tensor:

@@ -19,6 +19,17 @@ def mkl_is_slow() -> bool:
     return cpu.get("architecture") == "x86_64" and not cpu.get("cpu_name", "").startswith("Intel")
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies matrices of bfloat16 in hardware: GPUs since Ampere, Intel's CPUs with AMX (2023).
+
+    Where PyTorch is told to do without AVX-512 (ATEN_CPU_CAPABILITY=avx2), it is to do without AMX, too.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    amx = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    return amx and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 ONEDNN = torch.backends.mkldnn.is_available() and mkl_is_slow()
 
 

@@ -32,6 +32,7 @@ from .optim import learning_rate_factor
 from .options import TrainingOptions
 from .plan import plan_ahead
 from .probe import peak_bytes
+from .products import has_bfloat16
 from .resume import end_by_signal, find_state, random_state, run_facts, set_random_state, stop_signals
 from .training_state import (
     TrainingState,
@@ -298,17 +299,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 on a GPU or a CPU that has it, float16 on an older GPU, float32 elsewhere."""
     if name != "auto":
         return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and cpu_has_amx() else torch.float32
-
-
-def cpu_has_amx() -> bool:
-    """Whether the CPU multiplies matrices of bfloat16 in hardware (Intel, since 2023): on others they are slow.
-
-    Where PyTorch is told to do without AVX-512 (ATEN_CPU_CAPABILITY=avx2), it is to do without AMX, too.
-    """
-    return torch.cpu.get_capabilities().get("amx_bf16", False) and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if has_bfloat16(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def peak_memory(device: torch.device) -> float:

@@ -9,7 +9,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from model import model as model_module
 from model.LMConfig import PRESETS, LMConfig
-from model.model import SummedCrossEntropy, Transformer, attend_plainly, takes_varlen
+from model.model import RMSNorm, SummedCrossEntropy, Transformer, attend_plainly, takes_varlen
 from model.products import Linear
 
 PARAMETERS = {
@@ -165,14 +165,34 @@ def test_without_gradients_the_chunked_loss_makes_none(monkeypatch):
         make_model()(ids, labels=ids)
 
 
-def test_a_half_precision_loss_is_near():
+def test_a_half_precision_loss_is_near_and_so_are_its_gradients():
     ours = make_model(initializer_range=0.1)
-    ids = random_ids(2, 30)
+    ids, parameters = random_ids(2, 30), list(ours.parameters())
     with torch.autocast("cpu", torch.bfloat16):
         loss = ours(ids, labels=ids).loss
-    loss.backward()
-    torch.testing.assert_close(loss, ours(ids, labels=ids).loss, atol=0.05, rtol=0.02)
-    assert all(p.grad.isfinite().all() for p in ours.parameters())
+    found = torch.autograd.grad(loss, parameters)
+    exact = ours(ids, labels=ids).loss
+    torch.testing.assert_close(loss, exact, atol=0.05, rtol=0.02)
+    for near, gradient in zip(found, torch.autograd.grad(exact, parameters), strict=True):
+        assert F.cosine_similarity(near.flatten(), gradient.flatten(), dim=0) > 0.99
+        assert near.norm().item() == pytest.approx(gradient.norm().item(), rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_and_its_gradient_are_those_of_pytorch(dtype):
+    torch.manual_seed(0)
+    norm = RMSNorm(8, 1e-2)
+    norm.weight.data = torch.randn(8)
+    norm.to(dtype)
+    x = torch.randn(5, 7, 8, dtype=dtype, requires_grad=True)
+    reference = F.rms_norm(x, (8,), norm.weight, 1e-2)
+    torch.testing.assert_close(norm(x), reference)
+    with torch.no_grad():
+        torch.testing.assert_close(norm(x), reference)
+    gradient, inputs = torch.randn(5, 7, 8, dtype=dtype), (x, norm.weight)
+    found = torch.autograd.grad(norm(x), inputs, gradient)
+    atol = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(found, torch.autograd.grad(reference, inputs, gradient), atol=atol, rtol=atol)
 
 
 def test_cached_logits_are_those_without_a_cache():

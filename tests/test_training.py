@@ -19,15 +19,18 @@ from model.trainer import pick_dtype
 
 
 @pytest.mark.usefixtures("products")
-def test_orthogonalized_updates_have_singular_values_near_one():
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_orthogonalized_updates_have_singular_values_near_one(monkeypatch, bfloat16):
+    monkeypatch.setattr("model.optim.has_bfloat16", lambda device: bfloat16)
     torch.manual_seed(0)
     for shape in [(40, 40), (40, 100), (3, 100, 40)]:
         G = torch.randn(shape)
-        values = torch.linalg.svdvals(orthogonalize(G))
+        orthogonal = orthogonalize(G).float()
+        values = torch.linalg.svdvals(orthogonal)
         assert values.min() > 0.6 and values.max() < 1.3
         U, _, Vh = torch.linalg.svd(G, full_matrices=False)
         nearest = U @ Vh
-        similarity = torch.nn.functional.cosine_similarity(orthogonalize(G).flatten(), nearest.flatten(), dim=0)
+        similarity = torch.nn.functional.cosine_similarity(orthogonal.flatten(), nearest.flatten(), dim=0)
         assert similarity > 0.97
 
 
