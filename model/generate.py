@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
 
 from .cli import UserError
@@ -216,7 +217,7 @@ class Batch:
     """Up to `size` sequences that are decoded together, one token each a step. For one thread only.
 
     Running sequences lie in the slots 0, 1, 2 ... without a gap, so that the cache hands them over as a view; where one
-    leaves, the last takes its slot. A new prompt is read in the slot behind all others, piece by piece.
+    leaves, the last takes its slot. New prompts are read together; a long one in the slot behind all others, by pieces.
     """
 
     def __init__(self, model: Transformer, size: int, context: int):
@@ -248,15 +249,29 @@ class Batch:
         tokens = self.decode() if self.running else []
         budget = PROMPT_TOKENS_PER_STEP
         while self.newcomers and budget > 0:
-            newcomer = self.newcomers[0]
-            before = newcomer.cached
-            logits_V = self.prefill(newcomer, budget)
-            budget -= newcomer.cached - before
-            if newcomer.cached == len(newcomer.prompt_ids):
-                self.cache.copy(self.size, len(self.running), newcomer.cached)
+            group = self.short_newcomers(budget)
+            if group:
+                read = self.prefill_together(group)
+                budget -= sum(len(newcomer.prompt_ids) for newcomer in group)
+            else:
+                newcomer = self.newcomers[0]
+                before = newcomer.cached
+                read = self.prefill_piece(newcomer, budget)
+                budget -= newcomer.cached - before
+            for newcomer, logits_V in read:
                 self.running.append(self.newcomers.popleft())
                 tokens.append((newcomer, newcomer.choose(logits_V)))
         return tokens
+
+    def short_newcomers(self, budget: int) -> list[Generation]:
+        """The first ones whose prompts, padded to the longest of them, are within the budget together."""
+        group, longest = [], 0
+        for newcomer in self.newcomers:
+            longest = max(longest, len(newcomer.prompt_ids))
+            if newcomer.cached or (len(group) + 1) * longest > budget:
+                break
+            group.append(newcomer)
+        return group
 
     def decode(self) -> list[tuple[Generation, Token]]:
         """Feeds each running sequence's last token, all in one call."""
@@ -272,18 +287,39 @@ class Batch:
             generation.cached += 1
         return [(g, g.choose(logits_V)) for g, logits_V in zip(self.running, logits_BV, strict=True)]
 
-    def prefill(self, newcomer: Generation, budget: int) -> Tensor:
-        """Feeds at most `budget` further tokens of a prompt; logits [V] of what comes after them."""
+    def prefill_together(self, group: list[Generation]) -> list[tuple[Generation, Tensor]]:
+        """Reads whole prompts in the slots where they will run; logits [V] of what comes after each.
+
+        Padding stands on the right, where no earlier token sees it; the answer's tokens will take its place.
+        """
+        device, first = self.model.device, len(self.running)
+        ids_BT = pad_sequence([torch.tensor(newcomer.prompt_ids) for newcomer in group], batch_first=True).to(device)
+        lengths_B = torch.tensor([len(newcomer.prompt_ids) for newcomer in group], device=device)
+        self.cache.place(slice(first, first + len(group)), torch.arange(ids_BT.shape[1], device=device)[None])
+        for newcomer in group:
+            newcomer.cached = len(newcomer.prompt_ids)
+        return list(zip(group, self.logits(ids_BT, lengths_B - 1), strict=True))
+
+    def prefill_piece(self, newcomer: Generation, budget: int) -> list[tuple[Generation, Tensor]]:
+        """Feeds at most `budget` further tokens of a prompt; after the last one it is ready to run."""
+        device = self.model.device
         ids = newcomer.prompt_ids[newcomer.cached : newcomer.cached + budget]
-        positions_1T = torch.arange(newcomer.cached, newcomer.cached + len(ids), device=self.model.device)[None]
+        positions_1T = torch.arange(newcomer.cached, newcomer.cached + len(ids), device=device)[None]
         self.cache.place(slice(self.size, self.size + 1), positions_1T)
         newcomer.cached += len(ids)
-        return self.logits(torch.tensor([ids], device=self.model.device))[0]
+        logits_1V = self.logits(torch.tensor([ids], device=device))
+        if newcomer.cached < len(newcomer.prompt_ids):
+            return []
+        self.cache.copy(self.size, len(self.running), newcomer.cached)
+        return [(newcomer, logits_1V[0])]
 
-    def logits(self, ids_BT: Tensor, **placing: Tensor | None) -> Tensor:
-        """Of the token after the last one, [B, V], in float32."""
+    def logits(self, ids_BT: Tensor, last_B: Tensor | None = None, **placing: Tensor | None) -> Tensor:
+        """Of the token after each row's last one, which padding may follow, [B, V], in float32."""
         output = self.model(input_ids=ids_BT, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **placing)
-        return output.logits[:, -1].float()
+        if last_B is None:
+            return output.logits[:, -1].float()
+        hidden_BD = output.last_hidden_state[torch.arange(len(last_B), device=last_B.device), last_B]
+        return self.model.output(hidden_BD).float()
 
     def clear(self) -> None:
         self.running, self.newcomers = [], deque()

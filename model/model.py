@@ -204,7 +204,27 @@ class FeedForward(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)), self.dropout, self.training)
+        by_hand = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        gate = GateFunction.apply if by_hand else gate_values
+        return F.dropout(self.w2(gate(self.w1(x), self.w3(x))), self.dropout, self.training)
+
+
+def gate_values(gates: Tensor, values: Tensor) -> Tensor:
+    return F.silu(gates) * values
+
+
+class GateFunction(torch.autograd.Function):
+    """The same, without keeping silu(gates) until the gradient is due: it is made anew."""
+
+    @staticmethod
+    def forward(ctx, gates: Tensor, values: Tensor) -> Tensor:
+        ctx.save_for_backward(gates, values)
+        return gate_values(gates, values)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        gates, values = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * values, gates), grad * F.silu(gates)
 
 
 class Routing(NamedTuple):

@@ -167,10 +167,11 @@ def test_caller_is_not_left_in_inference_mode():
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize(("use_moe", "size"), [(False, 17), (False, 5), (True, 5)])
-def test_each_of_a_batch_gets_what_transformers_gives_it_alone(use_moe, size, monkeypatch):
-    """17 prompts and answers of many lengths, all at once or 5 at a time; prompts are read 8 tokens at a time."""
-    monkeypatch.setattr(model.generate, "PROMPT_TOKENS_PER_STEP", 8)
+@pytest.mark.parametrize(("use_moe", "size", "read"), [(False, 17, 8), (False, 5, 8), (True, 5, 8), (True, 17, 100)])
+def test_each_of_a_batch_gets_what_transformers_gives_it_alone(use_moe, size, read, monkeypatch):
+    """17 prompts and answers of many lengths, all at once or 5 at a time; prompts are read 8 or 100 tokens at a time,
+    so that some are read together and others in pieces."""
+    monkeypatch.setattr(model.generate, "PROMPT_TOKENS_PER_STEP", read)
     network = make_model(use_moe=use_moe)
     lengths = [(1 + 7 * i % 40, 3 + 5 * i % 21) for i in range(17)]
     prompts = [[(11 * i + j * j) % 300 for j in range(prompt)] for i, (prompt, _) in enumerate(lengths)]
