@@ -9,7 +9,7 @@
 The model gives the logits of the next tokens, a `Sampler` chooses one; each sequence has a sampler and a cache slot of
 its own, so that what one caller asks for cannot change another's answer.
 
-Letters in shape comments: B sequences of the batch, T tokens of this call, S tokens that can be looked at, L layers,
+Letters in shape comments: B sequences of the batch, T tokens of this call, S tokens that can be looked at,
 K key/value heads, d width of a head, V vocabulary, C candidates.
 """
 
@@ -152,16 +152,19 @@ def with_logprobs(token: int, logits_V: Tensor, alternatives: int) -> Token:
 
 
 class SlotCache(Cache):
-    """Keys and values of many sequences, [L, slots, K, context, d] each, all allocated at once.
+    """Keys and values of many sequences, [slots, K, context, d] of each layer, all allocated at once.
 
     Sequences of different lengths lie side by side: `place` says which of them the next call of the model is about.
     """
 
     def __init__(self, config: LMConfig, slots: int, context: int, dtype: torch.dtype, device: torch.device):
         super().__init__(layers=[])
-        shape = (config.n_layers, slots, config.n_kv_heads, context, config.dim // config.n_heads)
+        shape = (slots, config.n_kv_heads, context, config.dim // config.n_heads)
         # Zeros: what lies behind a shorter sequence's end is masked, but weight 0 times a stray NaN would be NaN.
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        # A tensor a layer: a compiled model would copy all layers where one is written.
+        self.keys, self.values = (
+            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)] for _ in range(2)
+        )
 
     def place(self, slots: slice, positions_BT: Tensor) -> None:
         """The next call brings tokens for these slots, at these positions."""
@@ -184,8 +187,8 @@ class SlotCache(Cache):
 
     def copy(self, source: int, target: int, length: int) -> None:
         """The first `length` tokens of one slot -> another."""
-        for cache in (self.keys, self.values):
-            cache[:, target, :, :length] = cache[:, source, :, :length]
+        for cache in (*self.keys, *self.values):
+            cache[target, :, :length] = cache[source, :, :length]
 
 
 class Generation:
