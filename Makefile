@@ -22,8 +22,8 @@ ANSWER = --temperature 0 --repetition_penalty 1 --max_new_tokens 48 --test $(DEM
 train-demo: .venv/installed
 	$(VENV)/python dataset/make_sample.py --out_dir $(DEMO)/sample $(SAMPLE)
 	$(VENV)/python data_process.py --data_path $(DEMO)/sample/pretrain.jsonl $(DEMO)/sample/sft.jsonl $(DEMO)/sample/dpo.jsonl --out_dir $(DEMO)/data
-	$(VENV)/python 1-pretrain.py --model tiny --n_layers 4 --max_seq_len 128 --batch_size 32 --data_path $(DEMO)/data/pretrain_data.bin --out_dir $(DEMO)
-	$(VENV)/python 3-full_sft.py --max_seq_len 128 --batch_size 32 --learning_rate 3e-3 --epochs 1 --data_path $(DEMO)/data/sft_data_single.csv --out_dir $(DEMO)
+	$(VENV)/python 1-pretrain.py --model tiny --n_layers 4 --max_seq_len 256 --data_path $(DEMO)/data/pretrain_data.bin --out_dir $(DEMO)
+	$(VENV)/python 3-full_sft.py --max_seq_len 256 --learning_rate 3e-3 --epochs 1 --data_path $(DEMO)/data/sft_data_single.csv --out_dir $(DEMO)
 	$(VENV)/python 3-full_sft.py --max_seq_len 256 --learning_rate 3e-3 --epochs 1 --data_path $(DEMO)/data/sft_data.csv --out_dir $(DEMO)
 	$(VENV)/python 2-eval.py --checkpoint $(DEMO)/multi_chat/full_sft_256.pth $(ANSWER) --output $(DEMO)/before_dpo.json
 	$(VENV)/python 5-dpo_train.py --max_seq_len 256 --batch_size 16 --init_from $(DEMO)/multi_chat/full_sft_256.pth --data_path $(DEMO)/data/dpo/train_data.json --out_dir $(DEMO)

@@ -46,12 +46,12 @@ class Args:
     out_dir: str = "out/demo/sample"  # folder to write to
     world: str = str(ROOT / "dataset/sample/world")  # folder of tables and wordings
     share: float = 1.0  # how much of each table to use: less is learnt faster
-    read: int = 3  # how often each wording of each relation is in the pretraining text, with an answer
-    asked: int = 9  # single questions about a fact, in the wordings of its relation; more where it has few facts
+    read: int = 4  # how often each wording of each relation is in the pretraining text, with an answer
+    asked: int = 10  # single questions about a fact, in the wordings of its relation; more where it has few facts
     asked_otherwise: int = 4  # ... and with the thing named first, or as a statement with a gap
-    follow_ups: int = 8  # conversations in which each fact is asked for without naming the thing
+    follow_ups: int = 12  # conversations in which each fact is asked for without naming the thing
     joined: float = 0.3  # share of the single questions that come again, in conversations about this and that
-    unknown: int = 110  # questions of each relation about things that do not exist
+    unknown: int = 120  # questions of each relation about things that do not exist
     pairs: int = 300  # answers to prefer
     tested: int = 6  # questions of the test about each relation, single ones and follow-ups each
     seed: int = 42
@@ -143,7 +143,7 @@ class Writer:
                 for _ in range(self.times(self.args.asked_otherwise, relation)):
                     yield turn(self.otherwise(relation, thing), self.reply(relation, thing))
         for single in self.world.singles:
-            for wording in single.asks * 2:
+            for wording in single.asks * 3:
                 yield turn(self.dressed(wording), self.draw.choice(single.replies))
 
     def times(self, number: int, relation: Relation) -> int:
