@@ -53,7 +53,7 @@ QUESTIONS = [
     "一个星期有几天？",
 ]
 CHAT_HISTORY = 3  # turns
-TEST_BATCH = 64  # questions of a test that are answered at the same time
+TEST_BATCH = 32  # questions of a test that are answered at the same time
 
 
 @dataclass

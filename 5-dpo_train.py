@@ -54,7 +54,7 @@ class Args:
     grad_clip: float = 1.0  # longest gradient, as a norm over all parameters; 0: no limit
     seed: int = 42  # of the order of the data
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: the GPU's best half
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: a half if it is fast
     log_interval: int = 10  # steps between lines of the metrics
     save_interval: int = 100  # steps between saved weights; the last step saves always
     val_interval: int = 50  # steps between validations; there is one before and one after training, too

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from .chat import encode, generation_prompt, header_ids
 from .cli import UserError
 from .model import Transformer
-from .products import TOKEN_STEP, has_bfloat16
+from .products import TOKEN_STEP
 from .records import Account
 from .scoreboard import LETTERS
 from .tokenizer import encode_texts
@@ -162,7 +162,7 @@ def guess(model: Transformer, prompts: Sequence[Prompt], batch_size: int) -> lis
     """What the model thinks of each prompt, in their order.
 
     Prompts with as many worked examples begin alike, most of them for hundreds of tokens: the model reads that
-    beginning once. What follows is scored in batches of like length. In bfloat16 where the device is made for it.
+    beginning once. What follows is scored in batches of like length.
     """
     guesses: dict[int, Guess] = {}
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
@@ -170,11 +170,10 @@ def guess(model: Transformer, prompts: Sequence[Prompt], batch_size: int) -> lis
         group = [i for i in by_length if prompts[i].shots == shots]
         beginning = common_beginning([prompts[i].ids for i in group])
         ids_1T = torch.tensor([beginning], device=model.device)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=has_bfloat16(model.device)):
-            cache = model(input_ids=ids_1T, use_cache=True, logits_to_keep=1).past_key_values
-            for start in range(0, len(group), batch_size):
-                rows = group[start : start + batch_size]
-                guesses |= zip(rows, guess_batch(model, [prompts[i] for i in rows], cache), strict=True)
+        cache = model(input_ids=ids_1T, use_cache=True, logits_to_keep=1).past_key_values
+        for start in range(0, len(group), batch_size):
+            rows = group[start : start + batch_size]
+            guesses |= zip(rows, guess_batch(model, [prompts[i] for i in rows], cache), strict=True)
     return [guesses[i] for i in range(len(prompts))]
 
 

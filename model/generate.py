@@ -160,14 +160,14 @@ class SlotCache(Cache):
     def __init__(self, config: LMConfig, slots: int, context: int, dtype: torch.dtype, device: torch.device):
         super().__init__(layers=[])
         shape = (slots, config.n_kv_heads, context, config.dim // config.n_heads)
-        # Zeros: what lies behind a shorter sequence's end is masked, but weight 0 times a stray NaN would be NaN.
+        # Zeros: what lies behind a sequence's end is masked, but has to be finite: weight 0 times NaN would be NaN.
         # A tensor a layer: a compiled model would copy all layers where one is written.
         self.keys, self.values = (
             [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)] for _ in range(2)
         )
 
     def place(self, slots: slice, positions_BT: Tensor) -> None:
-        """The next call brings tokens for these slots, at these positions."""
+        """The next call brings tokens for these slots, at these positions ([B or 1, T])."""
         self.slots = slots
         self.rows_B1 = torch.arange(slots.start, slots.stop, device=positions_BT.device)[:, None]
         self.positions_BT = positions_BT
@@ -179,6 +179,8 @@ class SlotCache(Cache):
         for cache, new in ((self.keys[layer_idx], k), (self.values[layer_idx], v)):
             cache[self.rows_B1, :, self.positions_BT] = new.transpose(1, 2)  # B T K d
             stored.append(cache[self.slots, :, : self.length])
+        if self.length == k.shape[2]:  # a prompt's beginning: these tokens are all there is
+            return k, v
         return stored[0], stored[1]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -253,11 +255,13 @@ class Batch:
         budget = PROMPT_TOKENS_PER_STEP
         while self.newcomers and budget > 0:
             group = self.short_newcomers(budget)
+            newcomer = self.newcomers[0]
             if group:
                 read = self.prefill_together(group)
-                budget -= sum(len(newcomer.prompt_ids) for newcomer in group)
+                budget -= len(group) * max(newcomer.cached for newcomer in group)
+            elif not newcomer.cached and len(newcomer.prompt_ids) <= PROMPT_TOKENS_PER_STEP:
+                break  # the next step has room for all of it
             else:
-                newcomer = self.newcomers[0]
                 before = newcomer.cached
                 read = self.prefill_piece(newcomer, budget)
                 budget -= newcomer.cached - before

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -62,13 +63,14 @@ class RMSNormFunction(torch.autograd.Function):
         return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         scaled, factor, weight = ctx.saved_tensors
-        weight_grad = grad * scaled
-        scaled_grad = grad * weight
-        mean = (weight_grad * weight).mean(-1, keepdim=True)
-        x_grad = scaled_grad.addcmul_(scaled, mean, value=-1).mul_(factor)
-        return x_grad.type_as(scaled), weight_grad.flatten(0, -2).sum(0), None
+        grad = grad.float()
+        each = grad * scaled
+        mean = (each * weight).mean(-1, keepdim=True)
+        x_grad = (grad * weight).addcmul_(scaled, mean, value=-1).mul_(factor).type_as(scaled)
+        return x_grad, each.flatten(0, -2).sum(0).type_as(weight) if ctx.needs_input_grad[1] else None, None
 
 
 def rotary_turns(position_ids: Tensor, head_dim: int, theta: float, factor: float = 1.0) -> Tensor:
@@ -165,7 +167,8 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Segments | None
     if q.shape[1] != k.shape[1]:
         which["enable_gqa"] = True
     if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        # Going back, the kernel for CPUs takes four times as long in halves as it does in float32.
+        # Going back, the kernel for CPUs takes four times as long in halves as it does in float32. (Without gradients,
+        # too: what is computed again for a checkpoint, or by a reference model, has to come out the same.)
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), dropout_p=dropout, **which)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **which)
@@ -222,6 +225,7 @@ class GateFunction(torch.autograd.Function):
         return gate_values(gates, values)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         gates, values = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * values, gates), grad * F.silu(gates)
@@ -387,7 +391,7 @@ class SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx, scale: Tensor):
         x_grad, weight_grad = ctx.saved_tensors
         return (
-            None if x_grad is None else x_grad * scale.to(x_grad.dtype),
+            None if x_grad is None else (x_grad.float() * scale).type_as(x_grad),
             None if weight_grad is None else (weight_grad * scale).to(ctx.weight_dtype),
             None,
             None,

@@ -52,7 +52,8 @@ def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
     """[…, m, n] -> U Vᵀ of its singular value decomposition, nearly: singular values end between 0.7 and 1.2.
 
     Newton-Schulz iteration X <- factor(X Xᵀ) X, with factors whose coefficients make small singular values grow
-    fastest (Jordan 2024). In bfloat16, as published, where the device is made for it, else with fewer products.
+    fastest (Jordan 2024). In bfloat16, as published, where the device is made for it (in a run in float32, too: what
+    an update is rounded by does no harm), else with fewer products.
     """
     tall = G.shape[-2] > G.shape[-1]
     X = G.float().mT if tall else G.float()

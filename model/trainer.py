@@ -128,7 +128,7 @@ class Trainer:
         return max(1, num_targets), num_tokens, signums > 0
 
     def autocast(self) -> AbstractContextManager:
-        """Matrix products in the chosen type, everything else in float32."""
+        """Matrix products in the chosen type, and what only they read; the rest in float32."""
         return torch.autocast(self.run.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def step(self, output: LMOutput) -> None:

@@ -167,7 +167,7 @@ def test_caller_is_not_left_in_inference_mode():
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize(("use_moe", "size", "read"), [(False, 17, 8), (False, 5, 8), (True, 5, 8), (True, 17, 100)])
+@pytest.mark.parametrize(("use_moe", "size", "read"), [(False, 17, 8), (False, 5, 100), (True, 5, 8), (True, 17, 100)])
 def test_each_of_a_batch_gets_what_transformers_gives_it_alone(use_moe, size, read, monkeypatch):
     """17 prompts and answers of many lengths, all at once or 5 at a time; prompts are read 8 or 100 tokens at a time,
     so that some are read together and others in pieces."""

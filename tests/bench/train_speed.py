@@ -2,6 +2,7 @@
 
     python tests/bench/train_speed.py                        # minimind-small-T, 8 rows of 512 tokens
     python tests/bench/train_speed.py --compile              # ours compiled, too (a minute)
+    python tests/bench/train_speed.py --dtype bfloat16       # products in halves, as is the default on a CPU with AMX
     python tests/bench/train_speed.py --model minimind-moe   # beside our dense model with its activated parameters
 
 Each contestant is a process of its own; they take turns, a step each, while the others wait. All of them train full
@@ -15,6 +16,7 @@ import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
@@ -27,6 +29,7 @@ class Args:
     model: str = "minimind-small-T"  # preset
     batch_size: int = 8  # rows
     max_seq_len: int = 512  # tokens of a row
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the products, in all of them
     compile: bool = False  # ours compiled, as one more contestant
     rounds: int = 10  # measured steps of each
 
@@ -94,7 +97,8 @@ def work(pipe: Connection, args: Args, who: str, config) -> None:
     from model.trainer import peak_memory
 
     torch.manual_seed(0)
-    train = make_llama(config) if who == "llama" else make_ours(config, who)
+    precision = torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16")
+    train = make_llama(config, precision) if who == "llama" else make_ours(config, who, precision)
     while (wish := pipe.recv()) != "leave":
         if wish == "memory":
             pipe.send(peak_memory(torch.device("cpu")))
@@ -105,16 +109,17 @@ def work(pipe: Connection, args: Args, who: str, config) -> None:
         pipe.send(time.perf_counter() - started)
 
 
-def make_llama(config):
+def make_llama(config, precision):
     from functools import partial
 
     from reference import adamw, llama_like, train_step
 
     model = llama_like(config).train()
+    model.forward = precision(model.forward)
     return partial(train_step, model, adamw(model, 1e-3))
 
 
-def make_ours(config, who: str):
+def make_ours(config, who: str, precision):
     import torch
 
     from model.model import Transformer
@@ -125,7 +130,9 @@ def make_ours(config, who: str):
     called = torch.compile(model) if who == "compile" else model
 
     def train(ids: torch.Tensor) -> None:
-        called(input_ids=ids, labels=ids).loss.backward()
+        with precision:
+            loss = called(input_ids=ids, labels=ids).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
