@@ -49,9 +49,9 @@ class Args:
     read: int = 4  # how often each wording of each relation is in the pretraining text, with an answer
     asked: int = 10  # single questions about a fact, in the wordings of its relation; more where it has few facts
     asked_otherwise: int = 4  # ... and with the thing named first, or as a statement with a gap
-    follow_ups: int = 12  # conversations in which each fact is asked for without naming the thing
+    follow_ups: int = 13  # conversations in which each fact is asked for without naming the thing
     joined: float = 0.3  # share of the single questions that come again, in conversations about this and that
-    unknown: int = 120  # questions of each relation about things that do not exist
+    unknown: int = 125  # questions of each relation about things that do not exist
     pairs: int = 300  # answers to prefer
     tested: int = 6  # questions of the test about each relation, single ones and follow-ups each
     seed: int = 42
@@ -213,14 +213,24 @@ class Writer:
         return messages + turn(self.draw.choice(second.follows), self.reply(second, thing))
 
     def same_question(self, relation: Relation, thing: str) -> list[Message]:
-        """The same question about another thing, answered in the same words: the one given is asked for last."""
+        """The same question about another thing, answered in the same words: the one given is asked for last. Sometimes
+        after something else, so that a chat may have begun with anything."""
         things = [other for other in relation.facts if other != thing]
         things = [*self.draw.sample(things, min(len(things), self.draw.choice((1, 1, 2)))), thing]
         questions = [self.dressed(fill(self.draw.choice(relation.asks), things[0]))]
         questions += [fill(self.draw.choice(self.world.same_question), other) for other in things[1:]]
         reply = self.draw.choice(relation.replies)
         answers = [fill(reply, other, relation.facts[other][0]) for other in things]
-        return [message for pair in zip(questions, answers, strict=True) for message in turn(*pair)]
+        messages = [message for pair in zip(questions, answers, strict=True) for message in turn(*pair)]
+        return self.something_else() + messages if self.draw.random() < 0.3 else messages
+
+    def something_else(self) -> list[Message]:
+        """A question and its answer, about anything."""
+        if self.draw.random() < 0.3:
+            single = self.draw.choice(self.world.singles)
+            return turn(self.dressed(self.draw.choice(single.asks)), self.draw.choice(single.replies))
+        relation = self.draw.choice(self.world.relations)
+        return self.asked(relation, self.draw.choice(list(relation.facts)))
 
     def ignorance(self) -> Iterator[list[Message]]:
         """Questions to which the honest answer is that one does not know."""
