@@ -401,9 +401,12 @@ def test_compiles_into_one_graph_that_computes_the_same(halves):
         loss.backward()
         losses.append(loss.detach())
         gradients.append(model.layers[0].attention.wq.weight.grad.clone())
-    torch.testing.assert_close(*losses, rtol=1e-3 if halves else 1e-5, atol=0)
-    similarity = torch.nn.functional.cosine_similarity(*(gradient.flatten() for gradient in gradients), dim=0)
-    assert similarity > (0.999 if halves else 0.999999)
+    if halves:  # rounded in other places
+        torch.testing.assert_close(*losses, rtol=1e-3, atol=0)
+        assert (gradients[0] - gradients[1]).norm() < 0.05 * gradients[1].norm()
+    else:
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.usefixtures("products")
