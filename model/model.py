@@ -29,6 +29,11 @@ IGNORED_LABEL = -100
 TOKENS_PER_CHUNK = 512  # of the loss: their logits (of 32,000 tokens: 66 MB) are the most that exist at once
 
 
+def gradients_by_hand() -> bool:
+    """Whether a gradient may be asked for, and no compiler is there to arrange it better than we do."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) · weight over the last dimension, in float32 (Zhang and Sennrich 2019)."""
 
@@ -38,7 +43,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if gradients_by_hand():
             return RMSNormFunction.apply(x, self.weight, self.eps)
         scaled, _ = divided_by_rms(x, self.eps)
         return scaled * self.weight
@@ -207,8 +212,7 @@ class FeedForward(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        by_hand = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        gate = GateFunction.apply if by_hand else gate_values
+        gate = GateFunction.apply if gradients_by_hand() else gate_values
         return F.dropout(self.w2(gate(self.w1(x), self.w3(x))), self.dropout, self.training)
 
 
