@@ -8,6 +8,7 @@ Read it from top to bottom: the parts in the order in which a token meets them, 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention.varlen import varlen_attn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -203,6 +205,8 @@ def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) · w3 x) (Shazeer 2020)."""
 
+    gradient_checkpointing = False  # switched on by transformers; then a whole block is made anew, not this alone
+
     def __init__(self, dim: int, hidden_dim: int, dropout: float):
         super().__init__()
         self.w1 = Linear(dim, hidden_dim)
@@ -212,16 +216,37 @@ class FeedForward(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = GateFunction.apply if gradients_by_hand() else gate_values
-        return F.dropout(self.w2(gate(self.w1(x), self.w3(x))), self.dropout, self.training)
+        gates, values = self.w1(x), self.w3(x)
+        if not gradients_by_hand() or self.gradient_checkpointing:
+            y = self.w2(gate_values(gates, values))
+        else:
+            gated = GateFunction.apply(gates, values)
+            with kept_as_inputs(gated, gate_values, gates, values):
+                y = self.w2(gated)
+        return F.dropout(y, self.dropout, self.training)
 
 
 def gate_values(gates: Tensor, values: Tensor) -> Tensor:
-    return F.silu(gates) * values
+    """silu(gates) · values, in one piece of memory where no gradient needs both."""
+    silu = F.silu(gates)
+    return silu * values if silu.requires_grad else silu.mul_(values)
+
+
+def kept_as_inputs(y: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> saved_tensors_hooks:
+    """What reads y = function(*inputs) in here does not keep it until the gradient is due, but makes it anew."""
+
+    def pack(kept: Tensor) -> Tensor | torch.Size:
+        return kept.shape if kept.data_ptr() == address else kept
+
+    def unpack(kept: Tensor | torch.Size) -> Tensor:
+        return function(*inputs).view(kept) if isinstance(kept, torch.Size) else kept
+
+    address, inputs = y.data_ptr(), tuple(x.detach() for x in inputs)  # y itself would be kept with `pack`
+    return saved_tensors_hooks(pack, unpack)
 
 
 class GateFunction(torch.autograd.Function):
-    """The same, without keeping silu(gates) until the gradient is due: it is made anew."""
+    """`gate_values`, without keeping silu(gates) until the gradient is due."""
 
     @staticmethod
     def forward(ctx, gates: Tensor, values: Tensor) -> Tensor:
@@ -232,7 +257,9 @@ class GateFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         gates, values = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * values, gates), grad * F.silu(gates)
+        silu_grad = grad * values
+        gates_grad = torch.ops.aten.silu_backward.grad_input(silu_grad, gates, grad_input=silu_grad)  # takes its place
+        return gates_grad, gate_values(gates, grad)
 
 
 class Routing(NamedTuple):

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_model
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from model import model as model_module
@@ -196,6 +197,18 @@ def test_the_norm_and_its_gradient_are_those_of_pytorch(dtype):
     norm.weight.requires_grad_(False)
     (alone,) = torch.autograd.grad(norm(x), [x], gradient)
     assert torch.equal(alone, found[0])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_can_be_made_anew_is_not_kept_for_the_gradient(checkpointing):
+    """(With checkpointing switched on, the feed-forward leaves that to it. So the test would see a tensor kept.)"""
+    feed_forward = make_model().layers[0].feed_forward
+    feed_forward.gradient_checkpointing = checkpointing
+    gated = []
+    feed_forward.w2.register_forward_pre_hook(lambda _, args: gated.append(StorageWeakRef(args[0].untyped_storage())))
+    y = feed_forward(torch.randn(2, 5, 32, requires_grad=True))
+    assert gated[0].expired() is not checkpointing
+    y.sum().backward()
 
 
 def test_cached_logits_are_those_without_a_cache():
