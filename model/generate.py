@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache
 
 from .cli import UserError
 from .LMConfig import LMConfig
+from .loops import Decoder, takes_loops
 from .model import Transformer
 
 GREEDY_BELOW = 1e-5  # logits divided by less than this would overflow
@@ -159,11 +160,11 @@ class SlotCache(Cache):
 
     def __init__(self, config: LMConfig, slots: int, context: int, dtype: torch.dtype, device: torch.device):
         super().__init__(layers=[])
-        shape = (slots, config.n_kv_heads, context, config.dim // config.n_heads)
+        shape = (slots, config.n_kv_heads, config.dim // config.n_heads, context)
         # Zeros: what lies behind a sequence's end is masked, but has to be finite: weight 0 times NaN would be NaN.
-        # A tensor a layer: a compiled model would copy all layers where one is written.
+        # A tensor a layer: a compiled model would copy all layers where one is written. Positions stand last in memory.
         self.keys, self.values = (
-            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)] for _ in range(2)
+            [torch.zeros(shape, dtype=dtype, device=device).mT for _ in range(config.n_layers)] for _ in range(2)
         )
 
     def place(self, slots: slice, positions_BT: Tensor) -> None:
@@ -228,6 +229,7 @@ class Batch:
     def __init__(self, model: Transformer, size: int, context: int):
         self.model, self.size = model, size
         self.cache = SlotCache(model.config, size + 1, context, model.dtype, model.device)
+        self.decoder = Decoder(model, self.cache) if takes_loops(model) else None
         self.running: list[Generation] = []
         self.newcomers: deque[Generation] = deque()
 
@@ -282,17 +284,22 @@ class Batch:
 
     def decode(self) -> list[tuple[Generation, Token]]:
         """Feeds each running sequence's last token, all in one call."""
-        device = self.model.device
-        ids_B1 = torch.tensor([[generation.ids[-1]] for generation in self.running], device=device)
-        positions_B1 = torch.tensor([[generation.cached] for generation in self.running], device=device)
-        self.cache.place(slice(0, len(self.running)), positions_B1)
-        mask = None
-        if len(self.running) > 1:
-            mask = (torch.arange(self.cache.length, device=device) <= positions_B1)[:, None, None, :]  # B 1 1 S
-        logits_BV = self.logits(ids_B1, attention_mask=mask, position_ids=positions_B1)
+        ids, positions = [g.ids[-1] for g in self.running], [g.cached for g in self.running]
+        logits_BV = self.decoder(ids, positions) if self.decoder else self.decode_by_model(ids, positions)
         for generation in self.running:
             generation.cached += 1
         return [(g, g.choose(logits_V)) for g, logits_V in zip(self.running, logits_BV, strict=True)]
+
+    def decode_by_model(self, ids: list[int], positions: list[int]) -> Tensor:
+        """Logits [B, V]."""
+        device = self.model.device
+        ids_B1 = torch.tensor(ids, device=device)[:, None]
+        positions_B1 = torch.tensor(positions, device=device)[:, None]
+        self.cache.place(slice(0, len(ids)), positions_B1)
+        mask = None
+        if len(ids) > 1:
+            mask = (torch.arange(self.cache.length, device=device) <= positions_B1)[:, None, None, :]  # B 1 1 S
+        return self.logits(ids_B1, attention_mask=mask, position_ids=positions_B1)
 
     def prefill_together(self, group: list[Generation]) -> list[tuple[Generation, Tensor]]:
         """Reads whole prompts in the slots where they will run; logits [V] of what comes after each.

@@ -56,6 +56,14 @@ def shares(sampling: Sampling, probabilities: list[float]) -> dict[int, float]:
     return {token: n / DRAWS for token, n in Counter(sampler.choose(logits).id for _ in range(DRAWS)).items()}
 
 
+@pytest.fixture(params=["loops", "model"])
+def ways_to_decode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to decode: that of CPUs, and by the model itself, as on a GPU."""
+    if request.param == "model":
+        monkeypatch.setattr(model.generate, "takes_loops", lambda _: False)
+
+
+@pytest.mark.usefixtures("ways_to_decode")
 @pytest.mark.parametrize("use_moe", [False, True])
 @pytest.mark.parametrize("penalty", [1.0, 1.3, 0.8])
 def test_greedy_equals_transformers(use_moe, penalty):
@@ -65,7 +73,8 @@ def test_greedy_equals_transformers(use_moe, penalty):
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])  # the latter: 30 s
-def test_compiled_into_one_graph_it_chooses_the_same_tokens(backend):
+def test_compiled_into_one_graph_it_chooses_the_same_tokens(backend, monkeypatch):
+    monkeypatch.setattr(model.generate, "takes_loops", lambda _: False)
     network = make_model()
     prompts = [(PROMPT[:length], Sampling(**GREEDY, max_new_tokens=12)) for length in (6, 3, 1, 5)]
     expected = [reference(network, prompt, max_new_tokens=12) for prompt, _ in prompts]
@@ -167,6 +176,7 @@ def test_caller_is_not_left_in_inference_mode():
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.usefixtures("ways_to_decode")
 @pytest.mark.parametrize(("use_moe", "size", "read"), [(False, 17, 8), (False, 5, 100), (True, 5, 8), (True, 17, 100)])
 def test_each_of_a_batch_gets_what_transformers_gives_it_alone(use_moe, size, read, monkeypatch):
     """17 prompts and answers of many lengths, all at once or 5 at a time; prompts are read 8 or 100 tokens at a time,
