@@ -104,8 +104,10 @@ class Sampler:
         else:
             probabilities_C, ids_C = candidates(adjusted_V, self.sampling)
             token = int(ids_C[torch.multinomial(probabilities_C, 1, generator=self.generator)])
-        self.penalties_V[token] = self.sampling.repetition_penalty
-        self.counts_V[token] += 1
+        if self.sampling.repetition_penalty != 1:
+            self.penalties_V[token] = self.sampling.repetition_penalty
+        if self.sampling.presence_penalty or self.sampling.frequency_penalty:
+            self.counts_V[token] += 1
         return (
             Token(token) if self.sampling.logprobs is None else with_logprobs(token, logits_V, self.sampling.logprobs)
         )

@@ -12,7 +12,7 @@ heads, K key/value heads, d width of a head, S tokens that can be looked at, F f
 import math
 import threading
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numba
 import numpy as np
@@ -32,11 +32,9 @@ compiled, compiled_for_all_cores = njit(**OPTIONS), njit(parallel=True, **OPTION
 one_at_a_time = threading.Lock()  # not all of numba's kinds of threads may be used from two others at once
 
 
-class Matrix(NamedTuple):
-    """Of `Linear`, or of its 8-bit form."""
-
-    weight: np.ndarray  # [O, I] of float32 or int8
-    scale: np.ndarray  # [O]: times the weight's row; ones for float32
+# Of a linear layer: weight [outputs, inputs] of float32 or int8, and scale [outputs] by which each row is multiplied.
+# (A plain tuple: numba takes its time to look into a class.)
+Matrix = tuple[np.ndarray, np.ndarray]
 
 
 @compiled
@@ -272,6 +270,6 @@ def swiglu(module: FeedForward) -> tuple[Matrix, Matrix, Matrix]:
 def matrix(module: nn.Module) -> Matrix:
     """Of a linear layer; copied only if it holds 8-bit numbers."""
     if isinstance(module, nn.Linear):
-        return Matrix(array(module), np.ones(module.out_features, f32))
+        return array(module), np.ones(module.out_features, f32)
     weight = module.weight()  # PyTorch's layer of 8-bit weights, with one scale for all
-    return Matrix(weight.int_repr().numpy(), np.full(module.out_features, weight.q_scale(), f32))
+    return weight.int_repr().numpy(), np.full(module.out_features, weight.q_scale(), f32)
