@@ -39,6 +39,8 @@ class TorchBackend:
 
     def __init__(self, model: Transformer, args: TrainingOptions, run: Run, dtype: torch.dtype):
         self.raw_model, self.run, self.args = model, run, args
+        if args.compile:  # how many tokens visit an expert stays a number inside the graph, instead of breaking it
+            torch._dynamo.config.capture_scalar_outputs = True
         self.model = run.wrap(torch.compile(model) if args.compile else model)
         self.optimizer = "muon" if args.optimizer == "auto" else args.optimizer
         self.optimizers = build_optimizers(model, self.optimizer, args.learning_rate, args.weight_decay)

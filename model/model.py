@@ -305,7 +305,7 @@ class MoEFeedForward(nn.Module):
         """Sorts the N·k visits by expert, so that each expert works once, on all of its tokens."""
         order = chosen_Nk.flatten().argsort(stable=True)  # N·k visits; visit j is of token j // k
         tokens = order // self.k
-        visits_per_expert = chosen_Nk.flatten().bincount(minlength=len(self.experts)).tolist()
+        visits_per_expert = F.one_hot(chosen_Nk, len(self.experts)).sum((0, 1)).tolist()
         inputs = x_ND[tokens].split(visits_per_expert)
         # An expert without tokens is called all the same, so that every process trains the same parameters.
         outputs = torch.cat([expert(x) for expert, x in zip(self.experts, inputs, strict=True)])

@@ -8,6 +8,7 @@ precisions, and wherever autocast chooses, all of this is plain F.linear.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 TOKEN_STEP = 256  # products over multiples of so many tokens are fast ...
 FEW_TOKENS = 16  # ... and those over so few
@@ -39,6 +40,8 @@ def takes_onednn(x: Tensor) -> bool:
 
 
 def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
+    if x.numel() == 0:  # which oneDNN refuses
+        return x.new_zeros(*x.shape[:-1], len(weight))
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
@@ -52,14 +55,17 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
     oneDNN keeps a program, and megabytes, for each shape that it meets: this is for shapes that come again and again.
     """
-    if not takes_onednn(x) or x.numel() == 0 or not x.dtype == weight.dtype == torch.float32:
+    if not takes_onednn(x) or not x.dtype == weight.dtype == torch.float32:
         return F.linear(x, weight)
     return compiled_product(x, weight) if torch.compiler.is_compiling() else onednn_product(x, weight)
 
 
 def product_over(tokens: int, x: Tensor, weight: Tensor) -> Tensor:
-    """`product`, if so many tokens are usual: full rows in training, a token for each stream in generation."""
-    usual = tokens <= FEW_TOKENS or tokens % TOKEN_STEP == 0
+    """`product`, if so many tokens are usual: full rows in training, a token for each stream in generation.
+
+    (To a compiler, how many tokens visit an expert is not known: not usual.)
+    """
+    usual = guard_or_false(tokens <= FEW_TOKENS) or guard_or_false(tokens % TOKEN_STEP == 0)
     return product(x, weight) if usual else F.linear(x, weight)
 
 

@@ -398,10 +398,14 @@ def test_impossible_configurations_are_refused():
         LMConfig(scoring_func="sigmoid")
 
 
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("use_moe", [False, True])
 @pytest.mark.parametrize("halves", [False, True])
-def test_compiles_into_one_graph_that_computes_the_same(halves):
+@torch._dynamo.config.patch(capture_scalar_outputs=True)  # as the training scripts do
+def test_compiles_into_one_graph_that_computes_the_same(halves, use_moe):
     """Packed rows with untrained tokens, forward and backward; fullgraph raises where the graph would break."""
-    model = make_model(dim=64, n_layers=2)
+    torch.compiler.reset()
+    model = make_model(dim=64, n_layers=2, use_moe=use_moe)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     ids = torch.randint(3, model.config.vocab_size, (2, 128), generator=torch.Generator().manual_seed(0))
     positions = torch.cat([torch.arange(80), torch.arange(48)]).expand(2, -1)
