@@ -70,17 +70,20 @@ def train(args: Args, name: str) -> tuple[float, float]:
     from train_speed import make_ours
 
     from model.LMConfig import LMConfig
+    from model.products import has_bfloat16
     from model.trainer import peak_memory
 
     config = LMConfig.preset(name, max_seq_len=args.max_seq_len)
-    step, seconds = make_ours(config, "muon"), []
+    device = torch.device("cpu")
+    precision = torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16(device))  # as --dtype auto chooses
+    step, seconds = make_ours(config, "muon", precision), []
     for _ in range(args.steps):
         ids = torch.randint(config.vocab_size, (args.batch_size, args.max_seq_len))
         started = time.perf_counter()
         step(ids)
         seconds.append(time.perf_counter() - started)
     tokens = args.batch_size * args.max_seq_len
-    return tokens / statistics.median(seconds[1:]), peak_memory(torch.device("cpu"))
+    return tokens / statistics.median(seconds[1:]), peak_memory(device)
 
 
 if __name__ == "__main__":
