@@ -64,7 +64,7 @@ def product(x: np.ndarray, matrix: Matrix) -> np.ndarray:
     B, outputs = len(x), len(weight)
     y = np.empty((B, outputs), f32)
     for four in prange((outputs + 3) // 4):
-        o = max(min(4 * four, outputs - 4), 0)  # the last four may overlap those before
+        o = min(4 * four, outputs - 4)  # the last four may overlap those before
         rows, scales = weight[o : o + 4], scale[o : o + 4]
         for b in range(0, B - 1, 2):
             one, other = sums_of_two(rows, x[b], x[b + 1])
@@ -186,10 +186,10 @@ def feed_forward(x_BD: np.ndarray, matrices: tuple[Matrix, Matrix, Matrix]) -> n
 
 
 def takes_loops(model: Transformer) -> bool:
-    """Whether `Decoder` is for this model: on a CPU, in float32, with heads of a width that is a multiple of 4."""
+    """Whether `Decoder` is for this model: on a CPU, in float32, and with four rows at least wherever it takes four."""
     config = model.config
-    whole = config.dim // config.n_heads % 4 == 0
-    return model.device.type == "cpu" and model.dtype == torch.float32 and whole
+    fours = config.dim // config.n_heads % 4 == 0 and min(config.hidden_dim, config.vocab_size) >= 4
+    return model.device.type == "cpu" and model.dtype == torch.float32 and fours
 
 
 class Decoder:

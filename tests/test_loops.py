@@ -94,4 +94,5 @@ def test_it_is_for_float32_and_usual_heads():
     assert takes_loops(make_model())
     assert not takes_loops(make_model().bfloat16())
     assert not takes_loops(make_model(n_heads=16))
+    assert not takes_loops(make_model(hidden_dim=3))
     assert Batch(make_model(n_heads=16), 1, 64).decoder is None
