@@ -25,7 +25,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
 
 from .cli import UserError
-from .LMConfig import LMConfig
 from .loops import Decoder, takes_loops
 from .model import Transformer
 
@@ -154,19 +153,29 @@ def with_logprobs(token: int, logits_V: Tensor, alternatives: int) -> Token:
     return Token(token, float(logprobs_V[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
 
 
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, positions_last: bool) -> Tensor:
+    """[slots, K, context, d]. In memory positions are last for the loops; PyTorch's attention wants features there."""
+    *outer, context, head_dim = shape
+    if positions_last:
+        return torch.zeros(*outer, head_dim, context, dtype=dtype, device=device).mT
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
 class SlotCache(Cache):
     """Keys and values of many sequences, [slots, K, context, d] of each layer, all allocated at once.
 
     Sequences of different lengths lie side by side: `place` says which of them the next call of the model is about.
     """
 
-    def __init__(self, config: LMConfig, slots: int, context: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, model: Transformer, slots: int, context: int):
         super().__init__(layers=[])
-        shape = (slots, config.n_kv_heads, config.dim // config.n_heads, context)
+        config = model.config
+        head_dim = config.dim // config.n_heads
         # Zeros: what lies behind a sequence's end is masked, but has to be finite: weight 0 times NaN would be NaN.
-        # A tensor a layer: a compiled model would copy all layers where one is written. Positions stand last in memory.
+        # A tensor a layer: a compiled model would copy all layers where one is written.
+        shape, positions_last = (slots, config.n_kv_heads, context, head_dim), takes_loops(model)
         self.keys, self.values = (
-            [torch.zeros(shape, dtype=dtype, device=device).mT for _ in range(config.n_layers)] for _ in range(2)
+            [zeros(shape, model.dtype, model.device, positions_last) for _ in model.layers] for _ in range(2)
         )
 
     def place(self, slots: slice, positions_BT: Tensor) -> None:
@@ -230,7 +239,7 @@ class Batch:
 
     def __init__(self, model: Transformer, size: int, context: int):
         self.model, self.size = model, size
-        self.cache = SlotCache(model.config, size + 1, context, model.dtype, model.device)
+        self.cache = SlotCache(model, size + 1, context)
         self.decoder = Decoder(model, self.cache) if takes_loops(model) else None
         self.running: list[Generation] = []
         self.newcomers: deque[Generation] = deque()

@@ -20,7 +20,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor, nn
 
-from .model import Block, FeedForward, MoEFeedForward, Transformer
+from .model import Block, FeedForward, MoEFeedForward, Transformer, rotary_turns
 
 if TYPE_CHECKING:
     from .generate import SlotCache
@@ -196,10 +196,9 @@ class Decoder:
     """A dense model or a mixture of experts, for one further token of the sequences in a cache."""
 
     def __init__(self, model: Transformer, cache: "SlotCache"):
-        config = model.config
-        head_dim = config.dim // config.n_heads
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        self.frequencies = (1.0 / config.rope_theta**exponents / config.rope_factor).numpy()
+        config, positions = model.config, torch.arange(cache.keys[0].shape[2])
+        turns = rotary_turns(positions[None], config.dim // config.n_heads, config.rope_theta, config.rope_factor)
+        self.cos_Sj, self.sin_Sj = turns[0, :, 0].real.numpy(), turns[0, :, 0].imag.numpy()
         self.eps = config.norm_eps
         self.embeddings, self.norm, self.head = array(model.tok_embeddings), array(model.norm), matrix(model.output)
         self.layers = [
@@ -211,8 +210,7 @@ class Decoder:
     def __call__(self, ids: list[int], positions: list[int]) -> Tensor:
         """Reads a token of each sequence, which lie in the cache's first slots; logits [B, V]."""
         positions_B = np.array(positions)
-        angles_Bj = positions_B[:, None].astype(f32) * self.frequencies
-        turns = np.cos(angles_Bj), np.sin(angles_Bj)
+        turns = self.cos_Sj[positions_B], self.sin_Sj[positions_B]
         with one_at_a_time:
             numba.set_num_threads(self.threads)
             x_BD = self.embeddings[ids]
@@ -240,17 +238,13 @@ class Experts:
     """A mixture of experts, `MoEFeedForward`: an expert works once, for all sequences that visit it."""
 
     def __init__(self, mixture: MoEFeedForward):
-        self.k, self.norm_topk_prob = mixture.k, mixture.norm_topk_prob
-        self.router = array(mixture.gate)
+        self.router, self.choose = array(mixture.gate), mixture.choose
         self.experts = [swiglu(expert) for expert in mixture.experts]
         self.shared = swiglu(mixture.shared_experts) if mixture.shared_experts is not None else None
 
     def __call__(self, x_BD: np.ndarray) -> np.ndarray:
         scores_BE = torch.from_numpy(x_BD @ self.router.T).softmax(-1)
-        weights_Bk, chosen_Bk = scores_BE.topk(self.k)
-        if self.norm_topk_prob:
-            weights_Bk = weights_Bk / weights_Bk.sum(-1, keepdim=True)
-        weights_Bk, chosen_Bk = weights_Bk.numpy(), chosen_Bk.numpy()
+        weights_Bk, chosen_Bk = (chosen.numpy() for chosen in self.choose(scores_BE))
         y_BD = np.zeros_like(x_BD) if self.shared is None else feed_forward(x_BD, self.shared)
         for expert in np.unique(chosen_Bk):
             visitors, places = np.nonzero(chosen_Bk == expert)

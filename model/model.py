@@ -292,14 +292,17 @@ class MoEFeedForward(nn.Module):
     def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> tuple[Tensor, Routing]:
         """real_BT: False at padding, which does not count in the balance."""
         scores_BTE = self.gate(x_BTD).float().softmax(-1)
-        weights_BTk, chosen_BTk = scores_BTE.topk(self.k, dim=-1)
-        if self.norm_topk_prob:
-            weights_BTk = weights_BTk / weights_BTk.sum(-1, keepdim=True)
+        weights_BTk, chosen_BTk = self.choose(scores_BTE)
         y = self.visit_experts(x_BTD.flatten(0, 1), weights_BTk.flatten(0, 1), chosen_BTk.flatten(0, 1))
         y = y.view_as(x_BTD)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x_BTD)
         return y, routing(scores_BTE, chosen_BTk, real_BT, self.seq_aux)
+
+    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores [..., E] -> the weights and the numbers of the experts to visit, [..., k] each."""
+        weights, chosen = scores.topk(self.k, dim=-1)
+        return weights / weights.sum(-1, keepdim=True) if self.norm_topk_prob else weights, chosen
 
     def visit_experts(self, x_ND: Tensor, weights_Nk: Tensor, chosen_Nk: Tensor) -> Tensor:
         """Sorts the N·k visits by expert, so that each expert works once, on all of its tokens."""

@@ -26,7 +26,7 @@ SHAPES = {
 
 def logits_of(network: Transformer, ids_BT: torch.Tensor) -> torch.Tensor:
     """A token of each row a call, on all cores: [B, T, V]."""
-    cache = SlotCache(network.config, len(ids_BT) + 1, 64, torch.float32, network.device)
+    cache = SlotCache(network, len(ids_BT) + 1, 64)
     decoder = Decoder(network, cache)
     decoder.threads = numba.config.NUMBA_NUM_THREADS
     return torch.stack([decoder(ids_B, [t] * len(ids_BT)) for t, ids_B in enumerate(ids_BT.T.tolist())], 1)
