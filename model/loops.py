@@ -35,45 +35,57 @@ one_at_a_time = threading.Lock()  # not all of numba's kinds of threads may be u
 # Of a linear layer: weight [outputs, inputs] of float32 or int8, and scale [outputs] by which each row is multiplied.
 # (A plain tuple: numba takes its time to look into a class.)
 Matrix = tuple[np.ndarray, np.ndarray]
+Rows = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 @compiled
-def sums_of_one(w: np.ndarray, x: np.ndarray) -> tuple:
-    """Four rows of w times x. Four, as memory is faster when several rows are on their way."""
+def one_of_each_quarter(i: int, n: int) -> tuple[int, int, int, int]:
+    """Of the numbers below n: the i-th of each quarter, or n - 1 where a quarter has no such."""
+    quarter, last = (n + 3) // 4, n - 1
+    return np.int64(i), min(i + quarter, last), min(i + 2 * quarter, last), min(i + 3 * quarter, last)
+
+
+@compiled
+def sums_of_one(rows: Rows, x: np.ndarray) -> tuple:
+    """Four rows of a matrix times x."""
+    w0, w1, w2, w3 = rows
     s0 = s1 = s2 = s3 = f32(0)
     for i in range(len(x)):
-        s0, s1, s2, s3 = s0 + w[0, i] * x[i], s1 + w[1, i] * x[i], s2 + w[2, i] * x[i], s3 + w[3, i] * x[i]
+        s0, s1, s2, s3 = s0 + w0[i] * x[i], s1 + w1[i] * x[i], s2 + w2[i] * x[i], s3 + w3[i] * x[i]
     return s0, s1, s2, s3
 
 
 @compiled
-def sums_of_two(w: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple:
-    """Four rows of w times x and times y: each number of w that has come from memory is used twice."""
+def sums_of_two(rows: Rows, x: np.ndarray, y: np.ndarray) -> tuple:
+    """Four rows times x and times y: each number of a row that has come from memory is used twice."""
+    w0, w1, w2, w3 = rows
     s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = f32(0)
     for i in range(len(x)):
-        w0, w1, w2, w3 = w[0, i], w[1, i], w[2, i], w[3, i]
-        s0, s1, s2, s3 = s0 + w0 * x[i], s1 + w1 * x[i], s2 + w2 * x[i], s3 + w3 * x[i]
-        t0, t1, t2, t3 = t0 + w0 * y[i], t1 + w1 * y[i], t2 + w2 * y[i], t3 + w3 * y[i]
+        s0, s1, s2, s3 = s0 + w0[i] * x[i], s1 + w1[i] * x[i], s2 + w2[i] * x[i], s3 + w3[i] * x[i]
+        t0, t1, t2, t3 = t0 + w0[i] * y[i], t1 + w1[i] * y[i], t2 + w2[i] * y[i], t3 + w3[i] * y[i]
     return (s0, s1, s2, s3), (t0, t1, t2, t3)
 
 
 @compiled_for_all_cores
 def product(x: np.ndarray, matrix: Matrix) -> np.ndarray:
-    """x Wᵀ: [B, inputs] -> [B, outputs]."""
+    """x Wᵀ: [B, inputs] -> [B, outputs].
+
+    Four rows of W at a time, a quarter of it apart: processors fetch ahead along a few long ways through memory.
+    """
     weight, scale = matrix
     B, outputs = len(x), len(weight)
     y = np.empty((B, outputs), f32)
-    for four in prange((outputs + 3) // 4):
-        o = min(4 * four, outputs - 4)  # the last four may overlap those before
-        rows, scales = weight[o : o + 4], scale[o : o + 4]
+    for i in prange((outputs + 3) // 4):
+        places = one_of_each_quarter(i, outputs)
+        rows = weight[places[0]], weight[places[1]], weight[places[2]], weight[places[3]]
         for b in range(0, B - 1, 2):
             one, other = sums_of_two(rows, x[b], x[b + 1])
             for j in range(4):
-                y[b, o + j], y[b + 1, o + j] = one[j] * scales[j], other[j] * scales[j]
+                y[b, places[j]], y[b + 1, places[j]] = one[j] * scale[places[j]], other[j] * scale[places[j]]
         if B % 2:
             one = sums_of_one(rows, x[B - 1])
             for j in range(4):
-                y[B - 1, o + j] = one[j] * scales[j]
+                y[B - 1, places[j]] = one[j] * scale[places[j]]
     return y
 
 
@@ -126,27 +138,32 @@ def attend(
     """
     K, d = keys.shape[1], keys.shape[2]
     group = q_BN.shape[1] // (K * d)  # query heads that share a key/value head
-    y_BN = np.empty_like(q_BN)
+    y_BN, factor = np.empty_like(q_BN), f32(1 / math.sqrt(d))
     for job in prange(len(q_BN) * K):
         b, head = job // K, job % K
         S = positions_B[b] + 1
         for i in range(d):
             keys[b, head, i, S - 1] = k_BM[b, head * d + i]
             values[b, head, i, S - 1] = v_BM[b, head * d + i]
+        weights_S = np.empty(S, f32)
         for first in range(head * group * d, (head + 1) * group * d, d):  # where each query head begins
-            weights_S = np.zeros(S, f32)
-            for i in range(0, d, 4):
-                q, k = q_BN[b, first + i : first + i + 4] / f32(math.sqrt(d)), keys[b, head, i : i + 4]
+            weights_S[:] = 0
+            for i in range(d // 4):
+                i0, i1, i2, i3 = one_of_each_quarter(i, d)
+                q0, q1, q2, q3 = q_BN[b, first + i0], q_BN[b, first + i1], q_BN[b, first + i2], q_BN[b, first + i3]
+                k0, k1, k2, k3 = keys[b, head, i0], keys[b, head, i1], keys[b, head, i2], keys[b, head, i3]
                 for s in range(S):
-                    weights_S[s] += q[0] * k[0, s] + q[1] * k[1, s] + q[2] * k[2, s] + q[3] * k[3, s]
+                    weights_S[s] += q0 * k0[s] + q1 * k1[s] + q2 * k2[s] + q3 * k3[s]
             highest, total = weights_S.max(), f32(0)
             for s in range(S):
-                weights_S[s] = exp(weights_S[s] - highest)
+                weights_S[s] = exp((weights_S[s] - highest) * factor)
                 total += weights_S[s]
-            for i in range(0, d, 4):
-                sums = sums_of_one(values[b, head, i : i + 4], weights_S)
+            for i in range(d // 4):
+                i0, i1, i2, i3 = places = one_of_each_quarter(i, d)
+                rows = values[b, head, i0], values[b, head, i1], values[b, head, i2], values[b, head, i3]
+                sums = sums_of_one(rows, weights_S)
                 for j in range(4):
-                    y_BN[b, first + i + j] = sums[j] / total
+                    y_BN[b, first + places[j]] = sums[j] / total
     return y_BN
 
 
@@ -186,10 +203,9 @@ def feed_forward(x_BD: np.ndarray, matrices: tuple[Matrix, Matrix, Matrix]) -> n
 
 
 def takes_loops(model: Transformer) -> bool:
-    """Whether `Decoder` is for this model: on a CPU, in float32, and with four rows at least wherever it takes four."""
-    config = model.config
-    fours = config.dim // config.n_heads % 4 == 0 and min(config.hidden_dim, config.vocab_size) >= 4
-    return model.device.type == "cpu" and model.dtype == torch.float32 and fours
+    """Whether `Decoder` is for this model: on a CPU, in float32, with heads whose width is a multiple of 4."""
+    head_dim = model.config.dim // model.config.n_heads
+    return model.device.type == "cpu" and model.dtype == torch.float32 and head_dim % 4 == 0
 
 
 class Decoder:

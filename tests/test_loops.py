@@ -18,6 +18,7 @@ SHAPES = {
     "dense": dict(),
     "one key/value head": dict(n_heads=4, n_kv_heads=1),
     "no groups": dict(n_heads=2, n_kv_heads=2, hidden_dim=37),
+    "narrow": dict(hidden_dim=3),
     "stretched": dict(rope_scaling=2.5, rope_theta=500.0, norm_eps=1e-3, vocab_size=333),
     "experts": dict(use_moe=True),
     "experts, none shared": dict(use_moe=True, n_shared_experts=0, norm_topk_prob=False, n_routed_experts=3),
@@ -94,5 +95,4 @@ def test_it_is_for_float32_and_usual_heads():
     assert takes_loops(make_model())
     assert not takes_loops(make_model().bfloat16())
     assert not takes_loops(make_model(n_heads=16))
-    assert not takes_loops(make_model(hidden_dim=3))
     assert Batch(make_model(n_heads=16), 1, 64).decoder is None
