@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,10 @@ def build_backend(
     except ImportError as error:
         run.fail(f"--deepspeed needs DeepSpeed, for Linux: pip install deepspeed ({error})")
     return DeepSpeedBackend(model, args, run, dtype)
+
+
+# RoPE's rotations, made once a step: all that a compiled model has of complex numbers.
+warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex", UserWarning)
 
 
 class TorchBackend:

@@ -94,8 +94,13 @@ def rotary_turns(position_ids: Tensor, head_dim: int, theta: float, factor: floa
 
 def apply_rotary(x_BTHd: Tensor, turns: Tensor) -> Tensor:
     """Turns each pair of neighbouring features (2i, 2i+1), taken as a complex number, by its angle."""
-    pairs = torch.view_as_complex(x_BTHd.float().unflatten(-1, (-1, 2)))  # B T H d/2
-    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x_BTHd)
+    pairs = x_BTHd.float().unflatten(-1, (-1, 2))  # B T H d/2 2
+    if torch.compiler.is_compiling():  # torch.compile makes one loop of this, but not of complex numbers
+        (real, imaginary), (cos, sin) = pairs.unbind(-1), torch.view_as_real(turns).unbind(-1)
+        turned = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), -1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * turns)
+    return turned.flatten(-2).type_as(x_BTHd)
 
 
 def visible_keys(
