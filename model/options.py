@@ -41,7 +41,7 @@ class TrainingOptions:
     seed: int = 42  # of fresh weights, the order of the data, and dropout
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: a half if it is fast
-    compile: bool = False  # compile the model first (half a minute): steps are then faster and take less memory
+    compile: bool = False  # compile the model first (about a minute): steps are then faster and take less memory
     deepspeed: str = ""  # train with DeepSpeed: zero1, zero2, zero3 or a JSON file of its settings; empty: PyTorch
     log_interval: int = 10  # steps between lines of the metrics
     save_interval: int = 500  # steps between saved weights; the last step saves always
@@ -71,7 +71,7 @@ class ModelOptions:
     lora_scale: float = 1.0  # how much of the adapter: 0 is the checkpoint alone, 1 what was trained
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     quantize: Literal["none", "int8"] = "none"  # int8: whole numbers for the weights; a CPU is faster with them
-    compile: bool = False  # compile the model first (a minute): meant for GPUs, on a CPU it gains nothing
+    compile: bool = False  # compile the model first (about a minute): meant for GPUs, on a CPU it gains nothing
     rope_scaling: float | None = None  # stretch the context by this factor (linear interpolation of positions)
     rope_theta: float | None = None  # base of the rotary wavelengths, for weights without a .json; none: 10000
     n_heads: int | None = None  # query heads, for weights without a .json beside them; none: 16
