@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from model.model import Transformer
 
+ARCHITECTURE = ("dim", "n_layers", "n_heads", "n_kv_heads", "dropout", "use_moe")  # options of a fresh model
+
 
 @dataclass
 class Args(TrainingOptions):
@@ -53,7 +55,10 @@ def main(args: Args) -> None:
     with launch(args.device) as run:
         torch.manual_seed(args.seed)
         if args.init_from:
+            if given := [name for name in ARCHITECTURE if getattr(args, name)]:
+                raise UserError(f"--{given[0]} is settled by --init_from {args.init_from}: leave out one of the two")
             model, tokenizer = load_model(args.init_from, tokenizer=args.tokenizer)
+            model.config.max_seq_len = max(model.config.max_seq_len, args.max_seq_len)  # as 3-full_sft.py does
         else:
             model, tokenizer = fresh_model(args)
         data = PretrainDataset(args.data_path, tokenizer, args.max_seq_len)
@@ -86,11 +91,11 @@ def fresh_model(args: Args) -> "tuple[Transformer, PreTrainedTokenizerBase]":
             f"{args.model} has a vocabulary of {needed:,} tokens, for which no tokenizer is shipped: train one with "
             f"`python train_tokenizer.py --vocab_size {needed}`, or name a folder with --tokenizer DIR"
         )
-    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "dropout", "use_moe", "max_seq_len")
-    chosen = {name: getattr(args, name) for name in names if getattr(args, name)}
+    chosen = {name: getattr(args, name) for name in (*ARCHITECTURE, "max_seq_len") if getattr(args, name)}
+    vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     try:
-        config = LMConfig.preset(args.model, vocab_size=len(tokenizer), **chosen, **ids)
+        config = LMConfig.preset(args.model, vocab_size=vocab_size, **chosen, **ids)
     except ValueError as error:
         raise UserError(str(error)) from error
     return Transformer(config), tokenizer

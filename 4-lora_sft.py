@@ -98,21 +98,25 @@ def train(args: Train) -> None:
         def validate() -> dict[str, float]:
             return {"val_loss": answer_loss(model, held_out, run, args.batch_size)}
 
-        folder = weights_path(args.out_dir, f"lora/{args.lora_name}", base.config).with_suffix("")
+        merged = weights_path(args.out_dir, f"lora/{args.lora_name}", base.config)
+        folder = merged.with_suffix("")
+        if args.merge and merged.resolve() == Path(args.init_from).resolve():
+            raise UserError(f"--merge would write over --init_from {args.init_from}: choose another --lora_name")
         trainer = Trainer(model, tokenizer, data, args, run, folder, validate if held_out else None, save)
         for batch in trainer.batches():
             with trainer.autocast():
                 output = trainer.model(**batch.inputs(trainer.varlen), num_items_in_batch=batch.num_targets)
             trainer.step(output)
         if args.merge and run.is_main:
-            merge(args.init_from, folder, folder.with_suffix(".pth"), tokenizer=args.tokenizer)
-            print(f"merged into {folder.with_suffix('.pth')}")
+            merge(args.init_from, folder, merged, tokenizer=args.tokenizer)
+            print(f"merged into {merged}")
 
 
 def merge_existing(args: Merge) -> None:
     from model.adapters import merge
 
-    output = Path(args.output) if args.output else Path(args.lora).with_suffix(".pth")
+    adapter = Path(args.lora).absolute()
+    output = Path(args.output) if args.output else adapter.with_name(f"{adapter.name}.pth")
     if output.exists():
         raise UserError(f"{output} exists already: remove it, or name another with --output")
     merge(args.init_from, args.lora, output, args.lora_scale, args.tokenizer)

@@ -76,6 +76,7 @@ def main(args: Args) -> None:
     from model.distributed import launch
     from model.preference_trainer import PreferenceTrainer
     from model.preferences import PreferenceData, figures, rate
+    from model.trainer import pick_dtype
 
     with launch(args.device) as run:
         torch.manual_seed(args.seed)
@@ -89,7 +90,8 @@ def main(args: Args) -> None:
         if args.val_path:
             held_out = PreferenceData(args.val_path, tokenizer, args.max_seq_len)
             run.print(held_out.told())
-            how = (held_out.pairs, tokenizer.pad_token_id, run, args.batch_size)
+            dtype = pick_dtype(args.dtype, run.device)
+            how = (held_out.pairs, tokenizer.pad_token_id, run, args.batch_size, dtype)
             before = rate(model, *how)
 
             def validate(model: torch.nn.Module) -> dict[str, float]:

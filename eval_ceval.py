@@ -81,7 +81,7 @@ def measure(args: Args, engine: "Engine", subjects: dict[str, Path]) -> None:
 
 
 def result_folder(args: Args, checkpoint: Path) -> Path:
-    """Made if need be; refused where it holds the results of another model."""
+    """Made if need be; refused where it holds the results of another model, or of other questions."""
     name = args.name or checkpoint.absolute().name.removesuffix(".pth")
     if not args.name:
         name += f"_{Path(args.lora).name}" if args.lora else ""
@@ -93,16 +93,18 @@ def result_folder(args: Args, checkpoint: Path) -> Path:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
     if (folder / "summary.json").is_file():
         other = read_summary(folder)
-        model = model_of(args, checkpoint)
-        if {name: other.get(name, value) for name, value in model.items()} != model:
+        differing = [name for name, value in settings_of(args, checkpoint).items() if other.get(name, value) != value]
+        if differing:
             models = " with ".join(filter(None, (other["checkpoint"], other["lora"])))
-            raise UserError(f"{folder} holds other results, of {models}: choose another name with --name")
+            others = ", ".join(f"{name} {other[name]}" for name in differing)
+            raise UserError(f"{folder} holds other results, of {models}: {others}; choose another name with --name")
     return folder
 
 
-def model_of(args: Args, checkpoint: Path) -> dict[str, Any]:
-    """What the model is, for the summary."""
+def settings_of(args: Args, checkpoint: Path) -> dict[str, Any]:
+    """What is measured, and on what, for the summary."""
     names = ("lora", "lora_scale", "quantize", "rope_scaling", "rope_theta", "n_heads")
+    names += ("data_dir", "split", "shots", "prompt_style")
     return {"checkpoint": str(checkpoint), **{name: getattr(args, name) for name in names}}
 
 
@@ -155,9 +157,8 @@ def report(args: Args, folder: Path, checkpoint: Path, results: dict[str, list],
     rows = [row for rows in results.values() for row in rows]
     summary = {
         "model": folder.name,
-        **model_of(args, checkpoint),
+        **settings_of(args, checkpoint),
         "weights_sha256": weights_hash(checkpoint),
-        **{name: getattr(args, name) for name in ("data_dir", "split", "shots", "prompt_style")},
         "shortened": sum(prompt.cut > 0 or prompt.shots < args.shots for _, prompt, _ in rows),
         "skipped": account.bad.total(),
         "any_letter": sum(guess.any_letter for *_, guess in rows) / len(rows),

@@ -132,11 +132,12 @@ def write_llama2c_folder(args: Args, folder: Path, source: Path, model: "Transfo
 
 def write_pth(args: Args, _: Path, source: Path, model: "Transformer", tokenizer: Any) -> None:
     """A Llama folder is read by transformers' own Llama, too; code that lies in a folder of ours is never run."""
-    from model.checkpoint import save_weights
+    from model.checkpoint import has_tokenizer, save_weights
     from model.export import foreign_type
     from model.export_check import check_export
 
-    if source.is_dir() and foreign_type(source) and not args.lora:
+    changed = args.lora or args.rope_scaling or args.rope_theta or args.n_heads
+    if source.is_dir() and foreign_type(source) and has_tokenizer(source) and not changed:
         told(check_export("llama", source, model, tokenizer))
     save_weights(Path(args.output), model, tokenizer.name_or_path, stage=Path(args.output).stem)
 

@@ -225,8 +225,8 @@ def with_line_breaks(text: str) -> str:
 
 
 @st.cache_resource(max_entries=3, on_release=lambda engine: engine.close())
-def engine_of(checkpoint: str, written: float, **options: Any) -> "Engine":
-    """Loaded once for all visitors; `written` is when the checkpoint was, so that a new one of that name is seen."""
+def engine_of(checkpoint: str, written: tuple[float, ...], **options: Any) -> "Engine":
+    """Loaded once for all visitors; `written` is when its files were, so that new ones of these names are seen."""
     from model.engine import load_engine
     from model.options import InferenceOptions
 
@@ -244,7 +244,8 @@ def engine_source(
     options: dict[str, Any] = dict(lora=settings.adapter, device=args.device)
     if not Path(path).with_suffix(".json").is_file():  # nothing tells what these weights are, but the command line
         options |= dict(tokenizer=args.tokenizer, rope_theta=args.rope_theta, n_heads=args.n_heads)
-    engine = engine_of(path, Path(path).stat().st_mtime, **options)
+    files = [Path(path), *(Path(settings.adapter).glob("adapter_model.*") if settings.adapter else ())]
+    engine = engine_of(path, tuple(file.stat().st_mtime for file in files), **options)
 
     def ask(messages: list["Message"], reply: dict[str, str]) -> Iterator[str]:
         try:

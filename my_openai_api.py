@@ -72,7 +72,7 @@ def main(args: Args) -> None:
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=args.grace + 5)
     server = uvicorn.Server(config)
     end_answers_after(args.grace, server, service)
-    errors: list[UserError] = []
+    errors: list[Exception] = []
     loader = threading.Thread(target=load, args=(args, service, server, listener, errors), daemon=True)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: None)  # uvicorn raises them once more after its tidy end
@@ -104,7 +104,7 @@ def end_answers_after(grace: int, server: "uvicorn.Server", service: "Service") 
 
 
 def load(
-    args: Args, service: "Service", server: "uvicorn.Server", listener: socket.socket, errors: list[UserError]
+    args: Args, service: "Service", server: "uvicorn.Server", listener: socket.socket, errors: list[Exception]
 ) -> None:
     """Meanwhile the server answers that it is loading."""
     from model.engine import load_engine
@@ -120,7 +120,7 @@ def load(
         service.engines = engines
         host, port = listener.getsockname()[:2]
         print(f"serving {', '.join(engines)} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
-    except UserError as error:
+    except Exception as error:  # whatever it is, the main thread has to hear of it
         errors.append(error)
         server.should_exit = True
 

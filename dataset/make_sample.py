@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dataset.world import Relation, World, load_world  # noqa: E402
-from model.cli import run  # noqa: E402
+from model.cli import UserError, run  # noqa: E402
 from model.exact_match import is_right  # noqa: E402
 
 POLITE = ("请问，", "请问", "你好，", "你知道吗，", "告诉我，", "我想问一下，", "帮我看看，", "问个问题：", "")
@@ -58,6 +58,8 @@ class Args:
 
 
 def main(args: Args) -> None:
+    if not (Path(args.world) / "outside.yaml").is_file():
+        raise UserError(f"--world {args.world}: holds no tables and wordings as dataset/sample/world does")
     world = load_world(Path(args.world), args.share)
     writer = Writer(world, args)
     folder = Path(args.out_dir)

@@ -82,6 +82,7 @@ def load_world(folder: Path, share: float = 1.0) -> World:
     """
     tables = {path.stem: read_table(path) for path in sorted(folder.glob("*.csv"))}
     tables["arithmetic"] = arithmetic()
+    main_columns = {name: next(iter(rows[0])) for name, rows in tables.items()}  # the first: what a row is about
     tables = {name: rows[: round(share * len(rows))] for name, rows in tables.items()}
     files = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.yaml"))}
     test, outside, follow = files.pop("test", {}), files.pop("outside"), files.pop("follow")
@@ -98,7 +99,7 @@ def load_world(folder: Path, share: float = 1.0) -> World:
     for entries in files.values():
         for name, entry in entries.items():
             relation = make_relation(name, entry, tables, test.get(name, {}))
-            if entry["about"] == next(iter(tables[entry["table"]][0])):  # made-up names are of things in column one
+            if entry["about"] == main_columns[entry["table"]]:  # made-up names are of things in column one
                 relation.unknown, relation.test_unknown = unknown.get(entry["table"], ([], []))
             if len(relation.facts) > 1:  # of a small share of a table there may be none
                 relations.append(relation)

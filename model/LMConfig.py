@@ -18,7 +18,7 @@ class LMConfig(PretrainedConfig):
     """Configuration of `Transformer`; the defaults are those of the preset minimind-small-T.
 
     Raises:
-        ValueError: heads that do not divide the width, or more experts a token than there are.
+        ValueError: sizes below 1, heads that do not divide the width, or more experts a token than there are.
     """
 
     model_type = "minimind"
@@ -66,6 +66,11 @@ class LMConfig(PretrainedConfig):
         if isinstance(self.rope_scaling, float | int):  # as a dict: transformers' own code expects one in config.json
             self.rope_scaling = {"rope_type": "linear", "factor": float(self.rope_scaling)}
         super().__post_init__(**kwargs)
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, but must lie between 0 and 1")
         if self.dim % (2 * self.n_heads) or self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"dim {self.dim} must be a multiple of twice n_heads {self.n_heads}, "

@@ -36,20 +36,31 @@ def run(main: Callable[[Any], None], options: type, argv: list[str] | None = Non
     process with its one line and exit code 2, as a wrong flag does.
     """
     sys.stdout.reconfigure(errors="replace")  # a terminal that has no Chinese shows question marks
+    args = None
     try:
-        main(parse(options, sys.argv[1:] if argv is None else argv, default))
+        args = parse(options, sys.argv[1:] if argv is None else argv, default)
+        main(args)
     except UserError as error:
         fail(str(error))
     except (MemoryError, RuntimeError) as error:  # PyTorch has no common class for memory of CPU and GPU
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
-        fail("out of memory: lower --batch_size (and raise --accumulation_steps as much) or --max_seq_len")
+        fail(f"out of memory{what_to_lower(args)}")
     except Stopped as stopped:
         sys.exit(128 + stopped.signum)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of our output left, as in `... | head`: nobody is there to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def what_to_lower(options: Any) -> str:
+    """Of a script's options, those that memory depends on, in words."""
+    names = ("batch_size", "max_batch", "max_seq_len", "rope_scaling")
+    found = [f"--{name}" for name in names if getattr(options, name, None)]
+    if hasattr(options, "accumulation_steps"):
+        found[0] += " (and raise --accumulation_steps as much)"
+    return f": lower {' or '.join(found)}" if found else ""
 
 
 def fail(message: str) -> NoReturn:

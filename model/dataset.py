@@ -126,9 +126,11 @@ class PretrainDataset:
         self.description = read_token_description(self.path)
         if self.description["tokenizer_sha256"] != tokenizer_hash(tokenizer.name_or_path):
             raise UserError(f"{path} was made with another tokenizer: run data_process.py again with this one")
-        self.tokens = np.memmap(self.path, dtype=self.description["dtype"], mode="r")
-        if len(self.tokens) != self.description["tokens"]:
-            raise UserError(f"{path} holds {len(self.tokens)} tokens, its .json says {self.description['tokens']}")
+        told, dtype = self.description["tokens"], np.dtype(self.description["dtype"])
+        held = self.path.stat().st_size / dtype.itemsize
+        if held != told or not held:
+            raise UserError(f"{path} holds {held:g} tokens, its .json says {told}")
+        self.tokens = np.memmap(self.path, dtype=dtype, mode="r")
         self.bos, self.eos, self.pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
         self.max_seq_len = max_seq_len
         self.num_tokens = len(self.tokens) + len(self) - 1  # the overlaps are trained on twice

@@ -55,7 +55,8 @@ class DeepSpeedBackend:
         # A script beside the state that makes weights of it: ours lie there already. If writing it failed on one
         # process (a full disk), the others would wait for ever.
         engine._copy_recovery_script = lambda folder: None
-        engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # the trainer ends runs that diverge
+        if hasattr(engine.optimizer, "loss_scaler"):  # its optimizer for gradients of float32 beside bfloat16 has none
+            engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # the trainer ends runs that diverge
         return engine
 
     def before_forward(self, last: bool) -> None:
@@ -75,7 +76,7 @@ class DeepSpeedBackend:
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.args.learning_rate * factor
-        may_overflow = self.engine.optimizer.loss_scale > 1
+        may_overflow = getattr(self.engine.optimizer, "loss_scale", 1) > 1
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
         return norm, finite and (self.engine.was_step_applied() or may_overflow)

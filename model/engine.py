@@ -187,8 +187,13 @@ class Engine:
     def admit(self) -> None:
         while self.waiting and self.batch.has_room:
             answer = self.waiting.popleft()
-            self.batch.add(answer.generation)
-            self.answers.append(answer)
+            try:
+                self.batch.add(answer.generation)
+            except Exception as error:  # no memory for its sampler, say: the others go on
+                log.exception("an answer could not begin")
+                answer.deliver(error)
+            else:
+                self.answers.append(answer)
 
     def step(self) -> None:
         """One token for each answer. What goes wrong there is told to all of them, and the engine goes on afresh."""

@@ -176,7 +176,9 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Segments | None
         return attend_segments(q, k, v, mask)
     # Branches, not values: a compiler that leaves sizes open can follow them.
     which = {"is_causal": True} if mask is None and q.shape[2] > 1 else {"attn_mask": mask}
-    if q.shape[1] != k.shape[1]:
+    if q.device.type == "cuda" and mask is not None:  # the kernel for masks there knows no groups
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # B H S d
+    elif q.shape[1] != k.shape[1]:
         which["enable_gqa"] = True
     if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         # Going back, the kernel for CPUs takes four times as long in halves as it does in float32. (Without gradients,

@@ -7,7 +7,8 @@ from .cli import UserError
 
 AUTO = "auto"  # of --batch_size
 LEAST = dict(epochs=1, max_steps=0, batch_size=1, accumulation_steps=1, max_seq_len=2, warmup_steps=0)
-LEAST |= dict(learning_rate=0, weight_decay=0, grad_clip=0, log_interval=1, save_interval=0, val_interval=0)
+LEAST |= dict(learning_rate=0, weight_decay=0, grad_clip=0, log_interval=1, save_interval=0, val_interval=0, seed=0)
+LEAST |= dict(num_workers=0)
 
 
 def check_numbers(options: object) -> None:

@@ -111,7 +111,6 @@ class PreferenceTrainer(DPOTrainer):
             self.run.print(f"{self.weights} is finished, {first} steps: a larger --max_steps or --epochs goes on")
             return
         if self.run.is_main:
-            self.weights.parent.mkdir(parents=True, exist_ok=True)
             self.metrics.cut(first)
         if self.validate and not state:
             self.log_validation()

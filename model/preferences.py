@@ -94,14 +94,21 @@ class PairCollator(DataCollatorForPreference):
 
 
 @torch.no_grad()
-def rate(model: Transformer, pairs: Sequence[PairIds], pad: int, run: Run, batch_size: int) -> Tensor:
-    """Log-probabilities of answers given their prompts -> [pairs, 2] chosen and rejected, on every process."""
+def rate(
+    model: Transformer, pairs: Sequence[PairIds], pad: int, run: Run, batch_size: int, dtype: torch.dtype
+) -> Tensor:
+    """Log-probabilities of answers given their prompts -> [pairs, 2] chosen and rejected, on every process.
+
+    With products in `dtype`, as in training: else rounding would look like a difference that training has made.
+    """
     collator, mine = PairCollator(pad_token_id=pad), []
     was_training = model.training
     model.eval()
     for numbers in filter(None, share(len(pairs), batch_size, run)):
         batch = collator([pairs[i] for i in numbers])
-        mine += torch.stack(answer_log_probs(model, batch, run.device).chunk(2), -1).tolist()
+        with torch.autocast(run.device.type, dtype, enabled=dtype != torch.float32):
+            log_probs = answer_log_probs(model, batch, run.device)
+        mine += torch.stack(log_probs.float().chunk(2), -1).tolist()
     model.train(was_training)
     parts = run.gather(mine)
     # Batches were dealt out in turn.

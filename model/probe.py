@@ -2,8 +2,8 @@
 
 import copy
 import ctypes
-import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -119,7 +119,11 @@ def peak_bytes(device: torch.device) -> int:
     """Of the GPU where there is one, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # which Windows has not
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def reset_peak(device: torch.device) -> None:

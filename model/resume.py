@@ -56,13 +56,16 @@ def find_state(weights: Path, facts: dict[str, Any], total_steps: int, args: Tra
             the run.
     """
     folder = states_folder(weights)
+    if args.init_from and Path(args.init_from).resolve() == weights.resolve():
+        raise UserError(f"--init_from {args.init_from} is what this run would write over: name another --out_dir")
     if args.resume == "never":
         shutil.rmtree(folder, ignore_errors=True)
     elif weights.exists() and not folder.exists():
         raise UserError(f"{weights} is there, but no {folder}: move it away, or start over it with --resume never")
-    if args.init_from and Path(args.init_from).resolve() == weights.resolve():
-        raise UserError(f"--init_from {args.init_from} is what this run would write over: name another --out_dir")
-    folder.mkdir(parents=True, exist_ok=True)  # from now on, weights without a state are this run's
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # from now on, weights without a state are this run's
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
     state, complaints = newest_state(folder)
     for complaint in complaints:
         print(f"warning: {complaint}", flush=True)

@@ -175,8 +175,6 @@ class Trainer:
 
     def begin(self) -> bool:
         """Goes to where an earlier run was stopped; False if that is the end."""
-        if self.run.is_main:
-            self.weights.parent.mkdir(parents=True, exist_ok=True)
         self.facts = self.run.from_main(self.own_facts)
         state = self.run.from_main(lambda: find_state(self.weights, self.facts, self.total_steps, self.args))
         if state is not None:

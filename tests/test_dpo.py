@@ -192,7 +192,7 @@ def test_rating(base, tmp_path, tokenizer):
     data = PreferenceData(write(tmp_path / "a.json", toy(5)), tokenizer, 64)
     data.pairs[2]["rejected_ids"] = data.pairs[2]["rejected_ids"] * 4
     model, _ = load_model(base)
-    found = rate(model, data.pairs, 0, ALONE, batch_size=2)
+    found = rate(model, data.pairs, 0, ALONE, batch_size=2, dtype=torch.float32)
     with torch.no_grad():
         expected = [
             [log_probability(model, pair["prompt_ids"], pair[key]) for key in ("chosen_ids", "rejected_ids")]
@@ -230,7 +230,7 @@ def test_a_toy_preference_is_learnt(more, base, tmp_path):
     described = json.loads(weights.with_suffix(".json").read_text())
     assert described["step"] == 32 and weights.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     held_out = PreferenceData(val, tokenizer, 64)
-    again = rate(model, held_out.pairs, 0, ALONE, batch_size=8)
+    again = rate(model, held_out.pairs, 0, ALONE, batch_size=8, dtype=torch.float32)
     assert float((again[:, 0] > again[:, 1]).float().mean()) == pytest.approx(rated[-1]["chosen_more_probable"])
     if "--lora" in more:
         from model.adapters import with_adapter
