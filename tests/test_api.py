@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import openai
@@ -625,6 +626,14 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(checkpoint, flags, reason
     script.load(args, service, server, None, errors)
     assert server.should_exit and not service.engines
     assert reason in str(errors[0])
+
+
+def test_any_other_failure_to_load_ends_it_too(checkpoint, monkeypatch):
+    script = load_script("my_openai_api.py")
+    monkeypatch.setattr("model.engine.load_engine", Mock(side_effect=RuntimeError("CUDA out of memory")))
+    server, errors = SimpleNamespace(should_exit=False), []
+    script.load(parse(script.Args, []), Service(Sampling()), server, None, errors)
+    assert server.should_exit and "out of memory" in str(errors[0])
 
 
 # The web page and the terminal client.

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -233,6 +234,10 @@ def test_results_of_another_checkpoint_are_kept(call, fail, tmp_path, tokenizer_
     summary = json.loads((tmp_path / "results" / "full_sft_32_music" / "summary.json").read_text())
     assert summary["lora"] == str(tmp_path / "music")
     assert "full_sft_32.pth:" in fail("--lora", tmp_path / "music", "--name", "full_sft_32")
+    shutil.copytree(tmp_path / "data", tmp_path / "cmmlu")
+    assert f"data_dir {tmp_path / 'data'};" in fail("--data_dir", tmp_path / "cmmlu")
+    assert "split val;" in fail("--split", "dev")
+    assert "shots 0;" in fail("--shots", 2, "--name", "full_sft_32")
     other = tmp_path / "elsewhere" / "full_sft_32.pth"
     save_weights(other, make_model(1), tokenizer_dir)
     before = (tmp_path / "results" / "full_sft_32" / "law.csv").read_bytes()

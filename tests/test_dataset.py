@@ -81,6 +81,12 @@ def test_token_files_that_do_not_fit_are_refused(token_file, tokenizer, tmp_path
         path.with_suffix(".json").write_text(json.dumps(description | change))
         with pytest.raises(UserError, match=message):
             PretrainDataset(path, tokenizer, 8)
+    path.with_suffix(".json").write_text(json.dumps(description))
+    content = path.read_bytes()
+    for length, message in [(len(content) - 1, "holds .*5 tokens"), (0, "holds 0 tokens")]:
+        path.write_bytes(content[:length])
+        with pytest.raises(UserError, match=message):
+            PretrainDataset(path, tokenizer, 8)
     path.with_suffix(".json").write_text("{}")
     with pytest.raises(UserError, match="cannot use"):
         PretrainDataset(path, tokenizer, 8)

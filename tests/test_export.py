@@ -173,6 +173,13 @@ def test_published_weights_become_a_llama_folder_and_come_back(call, tmp_path, t
     assert same_weights(back, ours)
     assert tokenizer(TEXT).input_ids == load_tokenizer(tokenizer_dir)(TEXT).input_ids
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == ["again.json", "again.pth", "tokenizer"]
+    call("--format", "pth", "--checkpoint", "export/full-llama", "--output", "stretched.pth", "--rope_scaling", 2)
+    assert load_model(tmp_path / "stretched.pth")[0].config.rope_factor == 2
+    for file in (tmp_path / "export" / "full-llama").glob("token*"):
+        file.unlink()
+    flags = ["--output", "other.pth", "--tokenizer", tokenizer_dir]
+    call("--format", "pth", "--checkpoint", "export/full-llama", *flags)
+    assert same_weights(load_model(tmp_path / "other.pth")[0], ours)
 
 
 def test_a_folder_of_ours_comes_back_and_its_code_is_not_run(call, tmp_path, tokenizer):

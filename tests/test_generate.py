@@ -605,6 +605,19 @@ def test_what_goes_wrong_in_a_step_is_told_and_the_engine_goes_on(crowd, monkeyp
     assert "".join(crowd.complete("a", Sampling(**GREEDY, max_new_tokens=5))) == good
 
 
+def test_an_answer_that_cannot_begin_holds_up_no_other(crowd, monkeypatch, caplog):
+    def fail(*_):
+        raise RuntimeError("no memory, say")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("model.generate.Sampler", fail)
+        (answer,) = crowd.submit([([1], Sampling())])
+        with pytest.raises(RuntimeError, match="no memory, say"):
+            list(answer)
+    assert "an answer could not begin" in caplog.text
+    assert crowd.complete("a", Sampling(**GREEDY, max_new_tokens=5))
+
+
 def test_closing_ends_answers_and_refuses_new_ones(crowd):
     answers = crowd.submit([([1], Sampling(**ENDLESS))] * 6)
     pieces = iter(answers[0])

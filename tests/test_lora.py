@@ -186,6 +186,23 @@ def test_names_that_cannot_be_a_folder_of_its_own_are_refused(name, words, base,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_merge_never_writes_over_its_base(tmp_path, tokenizer_dir):
+    own = tmp_path / "out" / "lora" / "toy_32.pth"
+    save_weights(own, make_model(max_seq_len=256), tokenizer_dir, stage="lora", step=1)
+    before = own.read_bytes()
+    with pytest.raises(UserError, match="--merge would write over --init_from"):
+        train(SCRIPT, flags_of(own, tmp_path / "out", "--merge", "--resume", "never"))
+    assert own.read_bytes() == before
+
+
+def test_a_merge_is_named_after_its_adapter(base, adapter, monkeypatch):
+    folder = adapter[0].rename(adapter[0].with_name("v1.5"))
+    train(SCRIPT, ["merge", "--lora", folder, "--init_from", base])
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError, match=r"v1\.5\.pth exists already"):
+        train(SCRIPT, ["merge", "--lora", ".", "--init_from", base])
+
+
 def same_adapter(folder: Path, other: Path) -> None:
     ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (folder, other))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)

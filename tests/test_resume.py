@@ -24,7 +24,7 @@ from test_training import data, make_data, metrics, pretrain_flags, rows_of, tor
 from model import checkpoint, cli, training_state
 from model.checkpoint import read_tensors
 from model.dataset import epoch_order
-from model.options import TrainingOptions
+from model.options import InferenceOptions, TrainingOptions
 from model.trainer import Trainer
 
 INTERVAL = 5  # steps between saves
@@ -233,6 +233,16 @@ def test_weights_of_an_unknown_run_are_not_written_over(finished):
     assert run(script, [*flags, "--resume", "never"], log) == 0
 
 
+def test_a_start_from_what_it_would_write_over_touches_nothing(finished):
+    script, flags, weights, log = finished
+    before = snapshot(weights.parent)
+    architecture = {"--dim", "--n_layers", "--n_heads", "--n_kv_heads"}
+    pairs = zip(flags[::2], flags[1::2], strict=True)
+    rest = [part for pair in pairs if pair[0] not in architecture for part in pair]
+    assert run(script, [*rest, "--init_from", weights, "--resume", "never"], log) == 2
+    assert "would write over" in log.read_text() and snapshot(weights.parent) == before
+
+
 @pytest.fixture
 def finished(data, tokenizer_dir, tmp_path):  # noqa: F811
     """Script, flags, weights and log of a finished run of 12 steps."""
@@ -429,7 +439,10 @@ def test_out_of_memory_names_the_options_to_lower(capsys):
         with pytest.raises(SystemExit) as stop:
             cli.run(Mock(side_effect=error), TrainingOptions, [])
         assert stop.value.code == 2
-        assert "--batch_size" in capsys.readouterr().err
+        assert "--batch_size (and raise --accumulation_steps as much)" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            cli.run(Mock(side_effect=error), InferenceOptions, ["--rope_scaling", "1000"])
+        assert capsys.readouterr().err == "error: out of memory: lower --rope_scaling\n"
 
 
 @pytest.mark.slow

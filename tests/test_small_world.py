@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dataset.world import load_world
+from model.cli import UserError
 from model.exact_match import is_right
 
 ROOT = Path(__file__).parents[1]
@@ -34,12 +35,12 @@ def sample(tmp_path_factory):
     return read | {"test": json.loads((folder / "test.json").read_text(encoding="utf-8"))}
 
 
-def write_sample(folder: Path) -> None:
+def write_sample(folder: Path, **options: str) -> None:
     spec = importlib.util.spec_from_file_location("make_sample", ROOT / "dataset" / "make_sample.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["make_sample"] = module
     spec.loader.exec_module(module)
-    module.main(module.Args(out_dir=str(folder)))
+    module.main(module.Args(out_dir=str(folder), **options))
 
 
 @pytest.mark.parametrize(
@@ -174,6 +175,16 @@ def test_shares(sample):
     sums = sum(any(sign in record["messages"][0]["content"] for sign in "加减乘") for record in sample["sft"])
     assert sums <= 0.1 * len(sample["sft"])
     assert {len(record["messages"]) for record in sample["sft"]} >= {2, 4, 6}
+
+
+def test_a_share_too_small_for_some_tables_leaves_them_out(world):
+    small = load_world(ROOT / "dataset/sample/world", 0.05)
+    assert 0 < small.num_facts < 0.06 * world.num_facts
+
+
+def test_a_folder_without_a_world_is_a_users_mistake(tmp_path):
+    with pytest.raises(UserError, match="--world .*nothing"):
+        write_sample(tmp_path, world=str(tmp_path / "nothing"))
 
 
 def test_same_tables_same_files(tmp_path):

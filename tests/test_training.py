@@ -12,7 +12,7 @@ from conftest import LINES, ROOT, load_script, make_model
 from test_dataset import DIALOGUES, write_csv
 
 from model.checkpoint import load_model
-from model.cli import parse
+from model.cli import UserError, parse
 from model.optim import Muon, build_optimizers, learning_rate_factor, orthogonalize
 from model.tokenizer import encode_texts, load_tokenizer, tokenizer_hash
 from model.trainer import pick_dtype
@@ -218,6 +218,11 @@ def test_two_processes_are_one_with_a_batch_twice_as_large(data, tokenizer_dir, 
         (["--max_step", "3"], "--max_steps"),
         (["--batch_size", "0"], "--batch_size is 0, but must be at least 1"),
         (["--learning_rate", "nan"], "--learning_rate"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--num_workers", "-1"], "--num_workers is -1"),
+        (["--n_layers", "-1"], "n_layers is -1, but must be 1 or more"),
+        (["--dropout", "1.5"], "dropout is 1.5"),
+        (["--init_from", "weights.pth", "--dim", "64"], "--dim is settled by --init_from weights.pth"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
     ],
 )
@@ -231,6 +236,21 @@ def test_mistakes_end_with_one_line_and_exit_code_2(flags, words, capsys, monkey
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error
+
+
+def test_an_output_folder_that_cannot_be_made_is_a_users_mistake(data, tokenizer_dir, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(UserError, match="cannot make the folder .*taken"):
+        train("1-pretrain.py", pretrain_flags(data, tokenizer_dir, tmp_path / "taken", "--max_steps", 1))
+
+
+def test_longer_rows_teach_a_longer_context(data, tokenizer_dir, tmp_path):
+    out = tmp_path / "out"
+    train("1-pretrain.py", pretrain_flags(data, tokenizer_dir, out, "--max_steps", 1))
+    first = load_model(out / "pretrain_32.pth")[0].config.max_seq_len
+    flags = ["--data_path", data / "tokens.bin", "--init_from", out / "pretrain_32.pth", "--max_steps", 1]
+    train("1-pretrain.py", [*flags, "--out_dir", tmp_path / "more", "--max_seq_len", 2 * first])
+    assert load_model(tmp_path / "more" / "pretrain_32.pth")[0].config.max_seq_len == 2 * first
 
 
 @pytest.mark.parametrize(
