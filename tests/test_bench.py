@@ -1,4 +1,7 @@
-"""Every benchmark runs, on the smallest of work: what it prints is about the right contestants. No time is judged."""
+"""Every benchmark runs, on the smallest of work: what it prints is about the right contestants. No time is judged.
+
+The quick ones stand for the rest in every run; the others belong to `make test-all`.
+"""
 
 import os
 import re
@@ -51,12 +54,14 @@ def test_decoding():
     assert ratios(printed)[0] == 1 and all(ratio > 0 for ratio in ratios(printed))
 
 
+@pytest.mark.slow
 def test_train_speed():
     printed = bench("train_speed", "--model", "tiny", *SMALL_ROWS, "--rounds", 1)
     assert re.findall(r"^(.*?)  .* tokens/s", printed, re.M) == ["transformers' Llama", "ours", "ours, Muon"]
     assert len(ratios(printed)) == 6 and ratios(printed)[:2] == [1, 1]  # time and memory of each
 
 
+@pytest.mark.slow
 def test_presets():
     sizes = ["--models", "tiny", "--batch_size", 1, "--max_seq_len", 96, "--new_tokens", 4]
     printed = bench("presets", *sizes, "--steps", 2)
@@ -75,6 +80,7 @@ def test_ceval_batches(folder):
     assert printed.count("2 same answers") == 2
 
 
+@pytest.mark.slow
 def test_data_speed():
     printed = bench("data_speed", ROOT / "dataset" / "sample" / "pretrain.jsonl", "--rounds", 1)
     assert printed.splitlines()[-1] == f"median {ratios(printed)[0]:.2f} x"

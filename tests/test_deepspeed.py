@@ -290,6 +290,18 @@ def test_a_file_of_settings(data, tokenizer_dir, tmp_path):  # noqa: F811
     assert codes == [2, 2] and said.count("error: DeepSpeed cannot work with") == 1, said
 
 
+@pytest.mark.slow
+def test_gradients_may_be_summed_in_float32_beside_bfloat16(data, tokenizer_dir, tmp_path):  # noqa: F811
+    file = tmp_path / "settings.json"
+    file.write_text('{"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}')
+    more = ["--deepspeed", file, "--dtype", "bfloat16", "--batch_size", 2]
+    script, flags, weights = run_of("pretrain", data, tokenizer_dir, tmp_path / "out", *more)
+    codes, said = ranks(script, flags, tmp_path)
+    assert codes == [0, 0], said
+    losses = [line["loss"] for line in metrics(weights.with_suffix(".metrics.jsonl"))]
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
