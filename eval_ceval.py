@@ -96,7 +96,7 @@ def result_folder(args: Args, checkpoint: Path) -> Path:
         differing = [name for name, value in settings_of(args, checkpoint).items() if other.get(name, value) != value]
         if differing:
             models = " with ".join(filter(None, (other["checkpoint"], other["lora"])))
-            others = ", ".join(f"{name} {other[name]}" for name in differing)
+            others = ", ".join(f"{name} {'none' if other[name] in (None, '') else other[name]}" for name in differing)
             raise UserError(f"{folder} holds other results, of {models}: {others}; choose another name with --name")
     return folder
 

@@ -2,7 +2,6 @@
 
 import math
 import os
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,10 +32,6 @@ def build_backend(
     except ImportError as error:
         run.fail(f"--deepspeed needs DeepSpeed, for Linux: pip install deepspeed ({error})")
     return DeepSpeedBackend(model, args, run, dtype)
-
-
-# RoPE's rotations, made once a step: all that a compiled model has of complex numbers.
-warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex", UserWarning)
 
 
 class TorchBackend:

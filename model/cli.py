@@ -57,7 +57,7 @@ def run(main: Callable[[Any], None], options: type, argv: list[str] | None = Non
 def what_to_lower(options: Any) -> str:
     """Of a script's options, those that memory depends on, in words."""
     names = ("batch_size", "max_batch", "max_seq_len", "rope_scaling")
-    found = [f"--{name}" for name in names if getattr(options, name, None)]
+    found = [f"--{name}" for name in names if getattr(options, name, None) is not None]
     if hasattr(options, "accumulation_steps"):
         found[0] += " (and raise --accumulation_steps as much)"
     return f": lower {' or '.join(found)}" if found else ""

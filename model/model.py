@@ -8,6 +8,7 @@ Read it from top to bottom: the parts in the order in which a token meets them, 
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,6 +30,9 @@ from .products import TOKEN_STEP, Linear, product_over
 
 IGNORED_LABEL = -100
 TOKENS_PER_CHUNK = 512  # of the loss: their logits (of 32,000 tokens: 66 MB) are the most that exist at once
+
+# RoPE's rotations, made once a call: all that a compiled model has of complex numbers.
+warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex", UserWarning)
 
 
 def gradients_by_hand() -> bool:
@@ -176,16 +180,22 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Segments | None
         return attend_segments(q, k, v, mask)
     # Branches, not values: a compiler that leaves sizes open can follow them.
     which = {"is_causal": True} if mask is None and q.shape[2] > 1 else {"attn_mask": mask}
-    if q.device.type == "cuda" and mask is not None:  # the kernel for masks there knows no groups
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # B H S d
-    elif q.shape[1] != k.shape[1]:
-        which["enable_gqa"] = True
+    if q.shape[1] != k.shape[1]:
+        if q.device.type == "cuda" and mask is not None:  # the kernel for masks there knows no groups
+            k, v = without_groups(k, q), without_groups(v, q)
+        else:
+            which["enable_gqa"] = True
     if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         # Going back, the kernel for CPUs takes four times as long in halves as it does in float32. (Without gradients,
         # too: what is computed again for a checkpoint, or by a reference model, has to come out the same.)
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), dropout_p=dropout, **which)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **which)
+
+
+def without_groups(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values [B, K, S, d], once for each query head: [B, H, S, d]."""
+    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
 def attend_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -199,8 +209,7 @@ def attend_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tens
 
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """softmax(q kᵀ / √d) v, as in the textbook: what the fused kernel computes."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # B H S d
+    k, v = without_groups(k, q), without_groups(v, q)
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # B H T S
     if mask is None:
         T, S = scores.shape[-2:]
