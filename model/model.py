@@ -29,6 +29,7 @@ from .LMConfig import LMConfig
 from .products import TOKEN_STEP, Linear, product_over
 
 IGNORED_LABEL = -100
+LONG_ROW = 512  # tokens, from which on a CPU is faster without a mask over a row's segments
 TOKENS_PER_CHUNK = 512  # of the loss: their logits (of 32,000 tokens: 66 MB) are the most that exist at once
 
 # RoPE's rotations, made once a call: all that a compiled model has of complex numbers.
@@ -134,17 +135,25 @@ def visible_keys(
 
 
 class Segments(NamedTuple):
-    """Packed segments for FlashAttention, which skips what a mask would only hide."""
+    """Packed segments, for attention that skips what a mask would only hide."""
 
     cu_seq_lens: Tensor  # [N + 1], int32: where each of the N segments begins in the flattened batch, and the end
     longest: int  # tokens; none has more
 
 
-def takes_varlen(config: LMConfig, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `cu_seq_lens_q` may be given: FlashAttention is for halves, on GPUs since Ampere, and without dropout."""
+def takes_varlen(config: LMConfig, device: torch.device, dtype: torch.dtype, T: int, compiled: bool) -> bool:
+    """Whether rows of T packed tokens are attended to faster by segments, with `cu_seq_lens_q`, than with a mask.
+
+    On a GPU by FlashAttention: in halves, since Ampere. On a CPU segment by segment, which pays where rows are long; a
+    compiler would make a program for all lengths that it meets.
+    """
+    if not config.flash_attn or config.dropout:
+        return False
+    if device.type == "cpu":
+        return T >= LONG_ROW and not compiled
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0) and config.flash_attn and not config.dropout
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class Attention(nn.Module):
@@ -201,10 +210,22 @@ def without_groups(x: Tensor, q: Tensor) -> Tensor:
 def attend_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """The same without a mask, for segments of any length side by side."""
     B, _, T, _ = q.shape
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # B·T H d
-    ends, longest = segments.cu_seq_lens, segments.longest
-    y = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=True)  # causal
+    attend = segment_by_segment if q.device.type == "cpu" else all_segments_at_once
+    y = attend(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)), segments)  # B·T H d
     return y.unflatten(0, (B, T)).transpose(1, 2)
+
+
+def segment_by_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    lengths = segments.cu_seq_lens.diff().tolist()
+    each = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+    parts = [attend_fused(*(x.transpose(0, 1)[None] for x in one), None, 0.0) for one in each]  # 1 H t d
+    return torch.cat([part[0].transpose(0, 1) for part in parts])
+
+
+def all_segments_at_once(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """FlashAttention."""
+    ends, longest = segments.cu_seq_lens, segments.longest
+    return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=True)  # causal
 
 
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:

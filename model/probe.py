@@ -40,7 +40,7 @@ class Prober:
     ):
         self.data, self.device, self.dtype = data, device, dtype
         self.order = epoch_order(len(data), args.seed, 0)
-        self.varlen = takes_varlen(model.config, device, dtype)
+        self.varlen = takes_varlen(model.config, device, dtype, data.max_seq_len, args.compile)
         self.backend = TorchBackend(copy.deepcopy(model), args, Run(0, 1, device), dtype)
 
     def micro_batch(self, rows: int, number: int) -> None:

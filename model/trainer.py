@@ -81,7 +81,7 @@ class Trainer:
         self.raw_model, self.data, self.args, self.run = model.train(), data, args, run
         self.weights, self.tokenizer, self.validate, self.save_weights = weights, tokenizer, validate, save
         self.dtype = pick_dtype(args.dtype, run.device)
-        self.varlen = takes_varlen(model.config, run.device, self.dtype)
+        self.varlen = takes_varlen(model.config, run.device, self.dtype, data.max_seq_len, args.compile)
         plan_ahead(model, data, args, run, weights, self.dtype)  # settles args.batch_size, or ends here
         self.parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)  # ZeRO-3 hides them
         self.backend = build_backend(model, args, run, self.dtype)

@@ -10,7 +10,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from model import model as model_module
 from model.LMConfig import PRESETS, LMConfig
-from model.model import RMSNorm, SummedCrossEntropy, Transformer, attend_plainly, takes_varlen
+from model.model import RMSNorm, SummedCrossEntropy, Transformer, all_segments_at_once, attend_plainly, takes_varlen
 from model.products import Linear
 
 PARAMETERS = {
@@ -281,9 +281,12 @@ def causal_attention_of_each(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, window_s
     return torch.cat(parts)
 
 
-def test_segments_told_apart_by_where_they_begin(monkeypatch):
-    """The path that FlashAttention serves, with a plain function in its place: as the mask's path, gradients, too."""
-    monkeypatch.setattr("model.model.varlen_attn", causal_attention_of_each)
+@pytest.mark.parametrize("kind", ["segment by segment", "by FlashAttention"])
+def test_segments_told_apart_by_where_they_begin(monkeypatch, kind):
+    """As the mask's path, gradients, too; with a plain function in the place of FlashAttention."""
+    if kind == "by FlashAttention":
+        monkeypatch.setattr("model.model.varlen_attn", causal_attention_of_each)
+        monkeypatch.setattr("model.model.segment_by_segment", all_segments_at_once)
     ours = make_model()
     positions = torch.tensor([[*range(7), *range(1), *range(12)], [*range(20)]])
     batch = dict(input_ids=random_ids(2, 20), position_ids=positions, labels=random_ids(2, 20))
@@ -296,10 +299,14 @@ def test_segments_told_apart_by_where_they_begin(monkeypatch):
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
 
 
-def test_flash_attention_takes_halves_on_a_gpu_only():
-    config = make_model().config
-    assert not takes_varlen(config, torch.device("cpu"), torch.bfloat16)
-    assert not takes_varlen(config, torch.device("cuda"), torch.float32)
+def test_where_a_mask_is_the_better_way():
+    config, cpu, cuda = make_model().config, torch.device("cpu"), torch.device("cuda")
+    assert takes_varlen(config, cpu, torch.float32, 512, compiled=False)
+    assert not takes_varlen(config, cpu, torch.float32, 511, compiled=False)
+    assert not takes_varlen(config, cpu, torch.float32, 512, compiled=True)
+    assert not takes_varlen(config, cuda, torch.float32, 512, compiled=False)  # FlashAttention takes halves only
+    for differing in (dict(flash_attn=False), dict(dropout=0.1)):
+        assert not takes_varlen(make_model(**differing).config, cpu, torch.float32, 512, compiled=False)
 
 
 def test_two_rows_may_be_packed_differently():

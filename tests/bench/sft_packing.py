@@ -33,7 +33,7 @@ def main(args: Args) -> None:
 
     from model.dataset import SFTDataset, epoch_order, stack
     from model.LMConfig import LMConfig
-    from model.model import Transformer
+    from model.model import Transformer, takes_varlen
     from model.optim import build_optimizers
     from model.tokenizer import load_tokenizer
 
@@ -44,6 +44,7 @@ def main(args: Args) -> None:
         name: SFTDataset(args.data_path, tokenizer, args.max_seq_len, packing)
         for name, packing in (("padded", False), ("packed", True))
     }
+    varlen = takes_varlen(model.config, model.device, model.dtype, args.max_seq_len, compiled=False)
     orders = {name: epoch_order(len(data), 42, 0) for name, data in kinds.items()}
     conversations = len(kinds["padded"])
     share = {}
@@ -58,13 +59,7 @@ def main(args: Args) -> None:
             rows = orders[name][number * args.batch_size : (number + 1) * args.batch_size]
             batch = stack([data.row(i) for i in rows])
             started = time.perf_counter()
-            output = model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                labels=batch.labels,
-                num_items_in_batch=batch.num_targets,
-            )
-            output.loss.backward()
+            model(**batch.inputs(varlen), num_items_in_batch=batch.num_targets).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
