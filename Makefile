@@ -42,10 +42,10 @@ lint: .venv/installed
 	$(VENV)/ruff format --check .
 
 unit: .venv/installed
-	$(VENV)/python -m pytest -n 2 --timeout 180
+	$(VENV)/python -m pytest -n 2 --dist worksteal --timeout 180
 
 test-all: lint
-	$(VENV)/python -m pytest -n 2 --timeout 900 -m "slow or not slow"
+	$(VENV)/python -m pytest -n 2 --dist worksteal --timeout 900 -m "slow or not slow"
 
 # Exports against llama.cpp, which is built from source (some 12 minutes on 2 cores).
 test-export: .venv/installed

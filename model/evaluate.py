@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .dataset import Batch, Segment, SFTDataset, make_row, pack, stack, stack_rows
 from .distributed import Run
-from .model import IGNORED_LABEL, Transformer
+from .gradients import IGNORED_LABEL
+from .model import Transformer
 from .tokenizer import encode_texts
 
 

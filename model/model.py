@@ -4,41 +4,41 @@ Letters in shape comments and names: B batch, T time (tokens of this call), S to
 ones from the cache, then T), D model width, H query heads, K key/value heads, d width of a head, F feed-forward width,
 E routed experts, k experts a token visits, V vocabulary, N = B·T.
 
-Read it from top to bottom: the parts in the order in which a token meets them, then `Block`, then `Transformer`.
+Read it from top to bottom: the parts in the order in which a token meets them, then `Block`, then `Transformer`. What
+makes them fast lies in files of its own: matrix products in products.py, attention's kernels in attention.py, and
+gradients that are better than autograd's in gradients.py.
 """
 
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.attention.varlen import varlen_attn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .attention import Segments, attend_fused, attend_plainly, visible_keys
+from .gradients import (
+    IGNORED_LABEL,
+    GateFunction,
+    RMSNormFunction,
+    SummedCrossEntropy,
+    divided_by_rms,
+    gate_values,
+    gradients_by_hand,
+    kept_as_inputs,
+)
 from .LMConfig import LMConfig
-from .products import TOKEN_STEP, Linear, product_over
-
-IGNORED_LABEL = -100
-LONG_ROW = 512  # tokens, from which on a CPU is faster without a mask over a row's segments
-TOKENS_PER_CHUNK = 512  # of the loss: their logits (of 32,000 tokens: 66 MB) are the most that exist at once
+from .products import TOKEN_STEP, Linear
 
 # RoPE's rotations, made once a call: all that a compiled model has of complex numbers.
 warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex", UserWarning)
-
-
-def gradients_by_hand() -> bool:
-    """Whether a gradient may be asked for, and no compiler is there to arrange it better than we do."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class RMSNorm(nn.Module):
@@ -54,35 +54,6 @@ class RMSNorm(nn.Module):
             return RMSNormFunction.apply(x, self.weight, self.eps)
         scaled, _ = divided_by_rms(x, self.eps)
         return scaled * self.weight
-
-
-def divided_by_rms(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x / rms(x), and 1 / rms(x) of each token in float32."""
-    factor = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
-    return (x.float() * factor).type_as(x), factor
-
-
-class RMSNormFunction(torch.autograd.Function):
-    """RMSNorm with its gradient by hand, in half of autograd's time: s = x / rms(x), y = s · w gives
-    dx = (dy · w - s · mean(dy · w · s)) / rms(x)."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scaled, factor = divided_by_rms(x, eps)
-        ctx.save_for_backward(scaled, factor, weight)
-        y, device = scaled * weight, x.device.type
-        # Under autocast all products round what they get: once for all of them, here.
-        return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        scaled, factor, weight = ctx.saved_tensors
-        grad = grad.float()
-        each = grad * scaled
-        mean = (each * weight).mean(-1, keepdim=True)
-        x_grad = (grad * weight).addcmul_(scaled, mean, value=-1).mul_(factor).type_as(scaled)
-        return x_grad, each.flatten(0, -2).sum(0).type_as(weight) if ctx.needs_input_grad[1] else None, None
 
 
 def rotary_turns(position_ids: Tensor, head_dim: int, theta: float, factor: float = 1.0) -> Tensor:
@@ -106,54 +77,6 @@ def apply_rotary(x_BTHd: Tensor, turns: Tensor) -> Tensor:
     else:
         turned = torch.view_as_real(torch.view_as_complex(pairs) * turns)
     return turned.flatten(-2).type_as(x_BTHd)
-
-
-def visible_keys(
-    T: int, past: int, attention_mask: Tensor | None, position_ids: Tensor | None, device: torch.device
-) -> Tensor | None:
-    """Which keys each query may look at: bool [B or 1, 1, T, S]; None where plain causal attention is meant.
-
-    `attention_mask` [B, S] marks padding with 0. Without one and without a cache, `position_ids` [B, T] tell packed
-    segments apart: where a position is not its predecessor plus one, a new segment begins.
-    """
-    if attention_mask is not None and attention_mask.dim() == 4:
-        return attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
-    packed = attention_mask is None and position_ids is not None and past == 0
-    if attention_mask is None and not packed and (past == 0 or T == 1):
-        return None
-    keys = torch.arange(past + T, device=device)
-    queries = keys[past:, None]
-    causal = keys <= queries  # T S
-    if packed:
-        starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-        segments = F.pad(starts.cumsum(-1), (1, 0))  # B T
-        return (causal & (segments[:, :, None] == segments[:, None, :]))[:, None]
-    if attention_mask is not None:
-        # A padded query sees at least itself: a softmax over nothing is not a number.
-        return causal & (attention_mask[:, None, None, :].bool() | (keys == queries))
-    return causal[None, None]
-
-
-class Segments(NamedTuple):
-    """Packed segments, for attention that skips what a mask would only hide."""
-
-    cu_seq_lens: Tensor  # [N + 1], int32: where each of the N segments begins in the flattened batch, and the end
-    longest: int  # tokens; none has more
-
-
-def takes_varlen(config: LMConfig, device: torch.device, dtype: torch.dtype, T: int, compiled: bool) -> bool:
-    """Whether rows of T packed tokens are attended to faster by segments, with `cu_seq_lens_q`, than with a mask.
-
-    On a GPU by FlashAttention: in halves, since Ampere. On a CPU segment by segment, which pays where rows are long; a
-    compiler would make a program for all lengths that it meets.
-    """
-    if not config.flash_attn or config.dropout:
-        return False
-    if device.type == "cpu":
-        return T >= LONG_ROW and not compiled
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class Attention(nn.Module):
@@ -183,62 +106,6 @@ class Attention(nn.Module):
         return F.dropout(y, self.dropout, self.training)
 
 
-def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Segments | None, dropout: float) -> Tensor:
-    """PyTorch's fused kernels (FlashAttention on a GPU): no [T, S] matrix in memory, no copies of k and v."""
-    if isinstance(mask, Segments):
-        return attend_segments(q, k, v, mask)
-    # Branches, not values: a compiler that leaves sizes open can follow them.
-    which = {"is_causal": True} if mask is None and q.shape[2] > 1 else {"attn_mask": mask}
-    if q.shape[1] != k.shape[1]:
-        if q.device.type == "cuda" and mask is not None:  # the kernel for masks there knows no groups
-            k, v = without_groups(k, q), without_groups(v, q)
-        else:
-            which["enable_gqa"] = True
-    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        # Going back, the kernel for CPUs takes four times as long in halves as it does in float32. (Without gradients,
-        # too: what is computed again for a checkpoint, or by a reference model, has to come out the same.)
-        with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), dropout_p=dropout, **which)
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **which)
-
-
-def without_groups(x: Tensor, q: Tensor) -> Tensor:
-    """Keys or values [B, K, S, d], once for each query head: [B, H, S, d]."""
-    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
-
-
-def attend_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """The same without a mask, for segments of any length side by side."""
-    B, _, T, _ = q.shape
-    attend = segment_by_segment if q.device.type == "cpu" else all_segments_at_once
-    y = attend(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)), segments)  # B·T H d
-    return y.unflatten(0, (B, T)).transpose(1, 2)
-
-
-def segment_by_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    lengths = segments.cu_seq_lens.diff().tolist()
-    each = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
-    parts = [attend_fused(*(x.transpose(0, 1)[None] for x in one), None, 0.0) for one in each]  # 1 H t d
-    return torch.cat([part[0].transpose(0, 1) for part in parts])
-
-
-def all_segments_at_once(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """FlashAttention."""
-    ends, longest = segments.cu_seq_lens, segments.longest
-    return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=True)  # causal
-
-
-def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """softmax(q kᵀ / √d) v, as in the textbook: what the fused kernel computes."""
-    k, v = without_groups(k, q), without_groups(v, q)
-    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # B H T S
-    if mask is None:
-        T, S = scores.shape[-2:]
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    weights = scores.masked_fill(~mask, float("-inf")).float().softmax(-1).type_as(q)
-    return F.dropout(weights, dropout) @ v
-
-
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) · w3 x) (Shazeer 2020)."""
 
@@ -261,42 +128,6 @@ class FeedForward(nn.Module):
             with kept_as_inputs(gated, gate_values, gates, values):
                 y = self.w2(gated)
         return F.dropout(y, self.dropout, self.training)
-
-
-def gate_values(gates: Tensor, values: Tensor) -> Tensor:
-    """silu(gates) · values, in one piece of memory where no gradient needs both."""
-    silu = F.silu(gates)
-    return silu * values if silu.requires_grad else silu.mul_(values)
-
-
-def kept_as_inputs(y: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> saved_tensors_hooks:
-    """What reads y = function(*inputs) in here does not keep it until the gradient is due, but makes it anew."""
-
-    def pack(kept: Tensor) -> Tensor | torch.Size:
-        return kept.shape if kept.data_ptr() == address else kept
-
-    def unpack(kept: Tensor | torch.Size) -> Tensor:
-        return function(*inputs).view(kept) if isinstance(kept, torch.Size) else kept
-
-    address, inputs = y.data_ptr(), tuple(x.detach() for x in inputs)  # y itself would be kept with `pack`
-    return saved_tensors_hooks(pack, unpack)
-
-
-class GateFunction(torch.autograd.Function):
-    """`gate_values`, without keeping silu(gates) until the gradient is due."""
-
-    @staticmethod
-    def forward(ctx, gates: Tensor, values: Tensor) -> Tensor:
-        ctx.save_for_backward(gates, values)
-        return gate_values(gates, values)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        gates, values = ctx.saved_tensors
-        silu_grad = grad * values
-        gates_grad = torch.ops.aten.silu_backward.grad_input(silu_grad, gates, grad_input=silu_grad)  # takes its place
-        return gates_grad, gate_values(gates, grad)
 
 
 class Routing(NamedTuple):
@@ -419,54 +250,6 @@ class OutputHead(Linear):
             kept = order[-TOKEN_STEP * math.ceil(int(trained.sum()) / TOKEN_STEP) :]
             x, labels = x[kept], labels[kept]
         return SummedCrossEntropy.apply(x, self.weight, labels, torch.is_grad_enabled())
-
-
-class SummedCrossEntropy(torch.autograd.Function):
-    """Σ -log softmax(x Wᵀ)[label] over tokens whose label is not -100, without ever holding all logits.
-
-    A chunk of tokens at a time: as long as its logits exist they give the loss and also the gradient, softmax minus
-    one-hot; `backward` only scales what was kept. (With 6,400 tokens and more to choose from, logits are by far the
-    largest tensor of a small model.) `training` is False where no gradient will be asked for, under torch.no_grad.
-    """
-
-    @staticmethod
-    def forward(ctx, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, training: bool) -> Tensor:
-        x_grad, weight_grad = None, None
-        if training and ctx.needs_input_grad[0]:
-            x_grad = torch.empty_like(x_ND)
-        if training and ctx.needs_input_grad[1]:
-            weight_grad = torch.zeros_like(weight_VD, dtype=torch.float32)
-        total = torch.zeros((), device=x_ND.device)
-        weight = weight_VD.type_as(x_ND)  # under autocast once, not for each chunk
-        for start in range(0, len(x_ND), TOKENS_PER_CHUNK):
-            x, labels = x_ND[start : start + TOKENS_PER_CHUNK], labels_N[start : start + TOKENS_PER_CHUNK, None]
-            trained = labels != IGNORED_LABEL
-            labels = labels.where(trained, 0)
-            logprobs = product_over(len(x), x, weight).float().log_softmax(-1)
-            total -= (logprobs.gather(-1, labels) * trained).sum()
-            if x_grad is None and weight_grad is None:
-                continue
-            error = logprobs.exp_()  # now the probabilities ...
-            error.scatter_add_(-1, labels, torch.full_like(labels, -1, dtype=error.dtype))  # ... minus one-hot
-            error = error.type_as(x)
-            # Untrained tokens have no part in it: where they are few numbers, not where they are V each.
-            if x_grad is not None:
-                x_grad[start : start + TOKENS_PER_CHUNK] = product_over(len(x), error, weight.t()) * trained
-            if weight_grad is not None:
-                weight_grad += product_over(len(x), error.t(), (x * trained).t())
-        ctx.save_for_backward(x_grad, weight_grad)
-        ctx.weight_dtype = weight_VD.dtype
-        return total
-
-    @staticmethod
-    def backward(ctx, scale: Tensor):
-        x_grad, weight_grad = ctx.saved_tensors
-        return (
-            None if x_grad is None else (x_grad.float() * scale).type_as(x_grad),
-            None if weight_grad is None else (weight_grad * scale).to(ctx.weight_dtype),
-            None,
-            None,
-        )
 
 
 @dataclass

@@ -18,7 +18,7 @@ from .backends import TorchBackend
 from .batches import GlobalBatches, RowSource
 from .cli import UserError
 from .distributed import Run
-from .model import TOKENS_PER_CHUNK
+from .gradients import TOKENS_PER_CHUNK
 from .optim import Muon
 from .options import AUTO, TrainingOptions
 from .probe import Usage, free_bytes, give_back_freed, held_bytes, peak_bytes, probe

@@ -15,11 +15,11 @@ import psutil
 import torch
 from torch import nn
 
+from .attention import takes_varlen
 from .backends import TorchBackend
 from .batches import RowSource
 from .dataset import epoch_order, stack
 from .distributed import Run
-from .model import takes_varlen
 from .options import TrainingOptions
 from .resume import random_state, set_random_state
 

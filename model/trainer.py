@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .attention import takes_varlen
 from .backends import build_backend
 from .batches import GlobalBatch, GlobalBatches, RowSource
 from .checkpoint import save_weights
@@ -27,7 +28,7 @@ from .curves import draw_curve
 from .dataset import Batch
 from .distributed import Run
 from .metrics import Group, MetricsFile, Window
-from .model import LMOutput, Transformer, takes_varlen
+from .model import LMOutput, Transformer
 from .optim import learning_rate_factor
 from .options import TrainingOptions
 from .plan import plan_ahead

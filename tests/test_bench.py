@@ -1,6 +1,6 @@
 """Every benchmark runs, on the smallest of work: what it prints is about the right contestants. No time is judged.
 
-The quick ones stand for the rest in every run; the others belong to `make test-all`.
+One stands for the rest in every run; the others belong to `make test-all`.
 """
 
 import os
@@ -46,6 +46,7 @@ def ratios(printed: str) -> list[float]:
     return [float(found) for found in re.findall(r"([\d.]+) x\b", printed)]
 
 
+@pytest.mark.slow
 def test_decoding():
     sizes = ["--model", "tiny", "--prompt_tokens", 4, "--new_tokens", 6, "--streams", 2]
     printed = bench("decoding", *sizes, "--rounds", 1)
@@ -68,6 +69,7 @@ def test_presets():
     assert "6,065,408" in printed
 
 
+@pytest.mark.slow
 def test_sft_packing(folder):
     data = folder / "sft_data_single.csv"
     printed = bench("sft_packing", "--data_path", data, "--model", "tiny", *SMALL_ROWS, "--rounds", 1)

@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from model import model as model_module
+from model.attention import all_segments_at_once, attend_plainly, takes_varlen
+from model.gradients import SummedCrossEntropy
 from model.LMConfig import PRESETS, LMConfig
-from model.model import RMSNorm, SummedCrossEntropy, Transformer, all_segments_at_once, attend_plainly, takes_varlen
+from model.model import RMSNorm, Transformer
 from model.products import Linear
 
 PARAMETERS = {
@@ -146,7 +147,7 @@ def test_the_loss_is_cross_entropy_of_the_logits():
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_chunked_loss_has_the_gradients_of_cross_entropy(monkeypatch, frozen):
-    monkeypatch.setattr(model_module, "TOKENS_PER_CHUNK", 7)
+    monkeypatch.setattr("model.gradients.TOKENS_PER_CHUNK", 7)
     torch.manual_seed(0)
     x, weight = torch.randn(30, 8, requires_grad=True), torch.randn(50, 8, requires_grad=not frozen)
     labels = torch.randint(50, (30,))
@@ -285,8 +286,8 @@ def causal_attention_of_each(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, window_s
 def test_segments_told_apart_by_where_they_begin(monkeypatch, kind):
     """As the mask's path, gradients, too; with a plain function in the place of FlashAttention."""
     if kind == "by FlashAttention":
-        monkeypatch.setattr("model.model.varlen_attn", causal_attention_of_each)
-        monkeypatch.setattr("model.model.segment_by_segment", all_segments_at_once)
+        monkeypatch.setattr("model.attention.varlen_attn", causal_attention_of_each)
+        monkeypatch.setattr("model.attention.segment_by_segment", all_segments_at_once)
     ours = make_model()
     positions = torch.tensor([[*range(7), *range(1), *range(12)], [*range(20)]])
     batch = dict(input_ids=random_ids(2, 20), position_ids=positions, labels=random_ids(2, 20))
@@ -405,11 +406,14 @@ def test_impossible_configurations_are_refused():
         LMConfig(scoring_func="sigmoid")
 
 
-@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("use_moe", [False, True])
-@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize(  # autocast leaves oneDNN's products out
+    ("products", "halves"),
+    [("oneDNN", False), ("PyTorch's own", False), ("PyTorch's own", True)],
+    indirect=["products"],
+)
 @torch._dynamo.config.patch(capture_scalar_outputs=True)  # as the training scripts do
-def test_compiles_into_one_graph_that_computes_the_same(halves, use_moe):
+def test_compiles_into_one_graph_that_computes_the_same(products, halves, use_moe):
     """Packed rows with untrained tokens, forward and backward; fullgraph raises where the graph would break."""
     torch.compiler.reset()
     model = make_model(dim=64, n_layers=2, use_moe=use_moe)

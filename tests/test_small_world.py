@@ -26,10 +26,16 @@ def world():
 
 
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    """The files that make_sample.py writes, read."""
+def folder(tmp_path_factory):
+    """What make_sample.py writes."""
     folder = tmp_path_factory.mktemp("sample")
     write_sample(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sample(folder):
+    """The same, read."""
     read = {}
     for path in folder.glob("*.jsonl"):
         read[path.stem] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -197,8 +203,8 @@ def test_a_folder_without_a_world_is_a_users_mistake(tmp_path):
         write_sample(tmp_path, world=str(tmp_path / "nothing"))
 
 
-def test_same_tables_same_files(tmp_path):
-    for name in "ab":
-        write_sample(tmp_path / name)
-    for path in (tmp_path / "a").iterdir():
-        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+def test_same_tables_same_files(folder, tmp_path):
+    write_sample(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in folder.iterdir()}
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (folder / path.name).read_bytes()

@@ -31,9 +31,10 @@ class Args:
 def main(args: Args) -> None:
     import torch
 
+    from model.attention import takes_varlen
     from model.dataset import SFTDataset, epoch_order, stack
     from model.LMConfig import LMConfig
-    from model.model import Transformer, takes_varlen
+    from model.model import Transformer
     from model.optim import build_optimizers
     from model.tokenizer import load_tokenizer
 
