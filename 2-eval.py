@@ -24,7 +24,7 @@ from model.options import InferenceOptions
 if TYPE_CHECKING:
     from model.chat import Message
     from model.engine import Answer, Engine
-    from model.generate import Sampling
+    from model.sampling import Sampling
 
 QUESTIONS = [
     "你叫什么名字？",

@@ -238,7 +238,7 @@ def engine_source(
 ) -> Callable[[list["Message"], dict[str, str]], Iterator[str]]:
     """Answers from a model in this process, which all visitors share."""
     from model.engine import Busy, Closed
-    from model.generate import Sampling
+    from model.sampling import Sampling
 
     path = settings.checkpoint
     options: dict[str, Any] = dict(lora=settings.adapter, device=args.device)

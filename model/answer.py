@@ -9,7 +9,8 @@ from queue import SimpleQueue
 
 from transformers import PreTrainedTokenizerBase
 
-from .generate import Generation, Token
+from .generate import Generation
+from .sampling import Token
 
 REPLACEMENT = "\ufffd"  # what bytes decode to that are no character, or not yet
 

@@ -28,10 +28,11 @@ from .chat import ROLES, Message, encode
 from .checkpoint import load_model, newest_checkpoint
 from .cli import UserError
 from .distributed import pick_device
-from .generate import Batch, Generation, Sampling
+from .generate import Batch, Generation
 from .model import Transformer
 from .options import InferenceOptions, ModelOptions
 from .products import Linear
+from .sampling import Sampling
 from .tokenizer import encode_texts
 
 T = TypeVar("T")

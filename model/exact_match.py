@@ -18,7 +18,7 @@ from .cli import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and to judge an answer needs none
     from .engine import Engine
-    from .generate import Sampling
+    from .sampling import Sampling
 
 KINDS = {
     "single": "one question",

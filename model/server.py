@@ -16,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from .cli import UserError
 from .engine import Busy, Closed, Engine, TooLong, apart
-from .generate import Sampling
+from .sampling import Sampling
 from .server_gate import ApiError, Gate, Metrics
 from .server_replies import ChatReply, CompletionReply, Interrupted, Reply
 from .server_schema import ChatRequest, CompletionRequest, EmbeddingRequest

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .answer import Answer
-from .generate import Token
+from .sampling import Token
 
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from .chat import Message
-from .generate import Sampling
+from .sampling import Sampling
 
 MAX_CHOICES = 128  # as the published schema has it
 SMALLEST_TOP_P = 1e-9  # 0 means the most probable token only

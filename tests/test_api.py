@@ -29,7 +29,7 @@ from streamlit.testing.v1 import AppTest
 from model.chat import encode
 from model.checkpoint import save_weights
 from model.cli import parse
-from model.generate import Sampling
+from model.sampling import Sampling
 from model.server import Service, create_app
 from model.server_schema import ChatRequest
 

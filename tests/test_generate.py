@@ -17,7 +17,8 @@ import model.generate
 from model.answer import Detokenizer
 from model.cli import UserError
 from model.engine import Busy, Closed, Engine
-from model.generate import Batch, Generation, Sampler, Sampling, Token, candidates, penalize
+from model.generate import Batch, Generation
+from model.sampling import Sampler, Sampling, Token, candidates, penalize
 
 GREEDY = dict(temperature=0.0)
 PROMPT = [1, 17, 5, 200, 17, 33]

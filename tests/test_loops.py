@@ -10,9 +10,10 @@ import torch
 from conftest import make_model
 
 from model.engine import quantize_to_int8
-from model.generate import Batch, Generation, Sampling, SlotCache
+from model.generate import Batch, Generation, SlotCache
 from model.loops import Decoder, exp, takes_loops
 from model.model import Transformer
+from model.sampling import Sampling
 
 SHAPES = {
     "dense": dict(),

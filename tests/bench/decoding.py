@@ -84,7 +84,7 @@ def measure(work: Callable[[], object]) -> float:
 def generate(args: Args, model, tokenizer, prompt: list[int], streams: int = 1) -> list:
     """Answers of full length: whatever token ends a text is made impossible. `arrived` tells when."""
     from model.engine import Engine
-    from model.generate import Sampling
+    from model.sampling import Sampling
 
     never = {tokenizer.eos_token_id: -1e9}
     sampling = Sampling(temperature=0, max_new_tokens=args.new_tokens, logit_bias=never)
