@@ -127,6 +127,8 @@ def by_kind(paths: list[Path], kinds: list[str], named: list[str]) -> dict[str, 
         kind = next(filter(None, (kind_of(record.value) for record in head)), None)
         if kind in kinds:
             found.setdefault(kind, []).append(path)
+        elif kind and str(path) in named:
+            raise UserError(f"cannot use {path}: it holds data for {kind}, not for {' or '.join(kinds)}")
         elif kind is None:
             reason = next(
                 iter(account.lines()), "none of its first records is a text, a conversation or a pair of answers"

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from model.choices import Guess, Prompt, Question
     from model.engine import Engine
 
+SHORTEST = 32  # tokens of a prompt that may be asked for
+
 
 @dataclass
 class Args(ModelOptions):
@@ -48,6 +50,8 @@ def main(args: Args) -> None:
     for name, least in {"shots": 0, "batch_size": 0, "max_seq_len": 0}.items():
         if getattr(args, name) < least:
             raise UserError(f"{name} is {getattr(args, name)}, but must be {least} or more")
+    if 0 < args.max_seq_len < SHORTEST:
+        raise UserError(f"max_seq_len is {args.max_seq_len}: no question fits in fewer than {SHORTEST} tokens")
     if args.compare:
         compare(args)
         return
@@ -104,7 +108,7 @@ def result_folder(args: Args, checkpoint: Path) -> Path:
 def settings_of(args: Args, checkpoint: Path) -> dict[str, Any]:
     """What is measured, and on what, for the summary."""
     names = ("lora", "lora_scale", "quantize", "rope_scaling", "rope_theta", "n_heads")
-    names += ("data_dir", "split", "shots", "prompt_style")
+    names += ("data_dir", "split", "shots", "prompt_style", "max_seq_len")
     return {"checkpoint": str(checkpoint), **{name: getattr(args, name) for name in names}}
 
 
@@ -122,6 +126,8 @@ def prompts_of(
         if not files:
             raise UserError(f"no worked examples for {subject} in {dev}: leave --shots out")
         examples = read_questions(files[0], account)[: args.shots]
+        if len(examples) < args.shots:
+            raise UserError(f"{files[0]} holds only {len(examples)} worked examples, fewer than --shots {args.shots}")
     return questions, [make_prompt(tokenizer, one, examples, args.prompt_style, context) for one in questions]
 
 

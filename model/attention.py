@@ -51,8 +51,8 @@ class Segments(NamedTuple):
 def takes_varlen(config: LMConfig, device: torch.device, dtype: torch.dtype, T: int, compiled: bool) -> bool:
     """Whether rows of T packed tokens are attended to faster by segments, with `cu_seq_lens_q`, than with a mask.
 
-    On a GPU by FlashAttention: in halves, since Ampere. On a CPU segment by segment, which pays where rows are long; a
-    compiler would make a program for all lengths that it meets.
+    On a GPU by FlashAttention: in halves, since Ampere, with heads of such widths. On a CPU segment by segment, which
+    pays where rows are long; a compiler would make a program for all lengths that it meets.
     """
     if not config.flash_attn or config.dropout:
         return False
@@ -60,7 +60,8 @@ def takes_varlen(config: LMConfig, device: torch.device, dtype: torch.dtype, T: 
         return T >= LONG_ROW and not compiled
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    head_dim = config.dim // config.n_heads
+    return head_dim % 8 == 0 and head_dim <= 256 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Segments | None, dropout: float) -> Tensor:

@@ -42,7 +42,7 @@ class TrainingOptions:
     seed: int = 42  # of fresh weights, the order of the data, and dropout
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: a half if it is fast
-    compile: bool = False  # compile the model first (about a minute): steps are then faster and take less memory
+    compile: bool = False  # compile the model first (about a minute): steps then take less memory and mostly less time
     deepspeed: str = ""  # train with DeepSpeed: zero1, zero2, zero3 or a JSON file of its settings; empty: PyTorch
     log_interval: int = 10  # steps between lines of the metrics
     save_interval: int = 500  # steps between saved weights; the last step saves always

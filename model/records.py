@@ -62,6 +62,8 @@ class Account:
 
     def check(self, max_bad_share: float) -> None:
         """Raises UserError where more than this share of the input was bad, or where there was none at all."""
+        if not 0 <= max_bad_share <= 1:
+            raise UserError(f"--max_bad_share {max_bad_share:g} must be between 0 and 1")
         if self.records == 0:
             raise UserError("the input holds no records")
         if self.bad_share > max_bad_share:

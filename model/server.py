@@ -15,11 +15,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from .cli import UserError
-from .engine import Busy, Closed, Engine, TooLong, apart
+from .engine import Busy, Closed, Engine, TooLong, apart, check_unicode
 from .sampling import Sampling
 from .server_gate import ApiError, Gate, Metrics
 from .server_replies import ChatReply, CompletionReply, Interrupted, Reply
 from .server_schema import ChatRequest, CompletionRequest, EmbeddingRequest
+from .tokenizer import encode_texts
 
 RETRY_AFTER = {"Retry-After": "1"}
 MAX_INPUTS = 2048  # of one embedding request, as the published schema has it
@@ -185,6 +186,14 @@ def ids_of(engine: Engine, text: str | list[int], param: str) -> list[int]:
     return text
 
 
+def text_of(engine: Engine, text: str | list[int]) -> str:
+    """The same as text, whatever its length."""
+    if isinstance(text, list):
+        return engine.tokenizer.decode(ids_of(engine, text, "input"))
+    check_unicode([text])
+    return text
+
+
 async def send(request: Request, reply: Reply, body: ChatRequest | CompletionRequest) -> Response | dict[str, Any]:
     request.state.answers.extend(reply.answers)
     if body.stream:
@@ -216,14 +225,15 @@ def add_embeddings(app: FastAPI, service: Service) -> None:
         texts = body.texts
         if not 0 < len(texts) <= MAX_INPUTS or "" in texts:
             raise ApiError(400, f"input must be 1 to {MAX_INPUTS} texts, none of them empty", param="input")
-        prompts = await asyncio.to_thread(lambda: [ids_of(engine, text, "input") for text in texts])
-        longest = max(map(len, prompts))
-        if longest > engine.context:
-            raise TooLong(f"a text has {longest} tokens, but the model's context is {engine.context}")
-        if service.embed_texts:
-            plain = [text if isinstance(text, str) else engine.tokenizer.decode(text) for text in texts]
+        if service.embed_texts:  # our model's context is no limit then, and its tokens are only what is counted
+            plain = [text_of(engine, text) for text in texts]
+            prompts = await asyncio.to_thread(encode_texts, engine.tokenizer, plain)
             vectors = np.asarray(await asyncio.to_thread(apart, service.embed_texts, plain), dtype=np.float32)
         else:
+            prompts = await asyncio.to_thread(lambda: [ids_of(engine, text, "input") for text in texts])
+            longest = max(map(len, prompts))
+            if longest > engine.context:
+                raise TooLong(f"a text has {longest} tokens, but the model's context is {engine.context}")
             vectors = np.array([await asyncio.wrap_future(engine.embed(ids)) for ids in prompts], dtype=np.float32)
         if body.dimensions:
             vectors = vectors[:, : body.dimensions]

@@ -109,6 +109,9 @@ class Gate:
                 await error.response()(scope, receive, noting_send)
             else:
                 await self.app(scope, receive, noting_send)
+        except Exception:  # the server answers it, behind our back
+            status = status or 500
+            raise
         finally:
             for answer in answers:
                 answer.cancel()  # of no effect unless the client has left

@@ -65,7 +65,7 @@ class Reply:
             if include_usage:
                 yield event(head | {"choices": [], "usage": self.usage()})
             yield b"data: [DONE]\n\n"
-        except (Interrupted, RuntimeError) as error:  # too late for a status: the headers are gone
+        except Exception as error:  # whatever it is, it is too late for a status: the headers are gone
             yield event({"error": {"message": str(error), "type": "server_error", "param": None, "code": None}})
 
     def usage(self) -> dict[str, int]:

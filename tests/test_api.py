@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import http.client
+import inspect
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import numpy as np
 import openai
@@ -24,11 +25,13 @@ import pytest
 from conftest import ROOT, load_script, make_model
 from openai.types import Completion, CreateEmbeddingResponse, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from starlette.testclient import TestClient
 from streamlit.testing.v1 import AppTest
 
 from model.chat import encode
 from model.checkpoint import save_weights
 from model.cli import parse
+from model.engine import Engine
 from model.sampling import Sampling
 from model.server import Service, create_app
 from model.server_schema import ChatRequest
@@ -574,6 +577,28 @@ def test_answers_that_outlast_the_grace_end_with_an_error(checkpoint):
     assert (status, json.loads(events.split(b"data: ")[-1])["error"]["type"]) == (200, "server_error")
 
 
+def test_a_failure_of_ours_is_counted_as_one():
+    service = Service(Sampling())
+    app = create_app(service)
+    app.add_api_route("/failing", Mock(side_effect=MemoryError("no memory"), __signature__=inspect.Signature()))
+    assert TestClient(app, raise_server_exceptions=False).get("/failing").status_code == 500
+    assert service.metrics.requests == {("other", 500): 1}
+
+
+def test_a_model_for_embeddings_has_a_context_of_its_own(tokenizer):
+    vectors = Mock(side_effect=lambda texts: np.eye(3)[: len(texts)])
+    service = Service(Sampling(), vectors)
+    with Engine(make_model(max_seq_len=CONTEXT), tokenizer) as engine:
+        service.engines = {"minimind": engine}
+        client = TestClient(create_app(service))
+        texts = ["春天" * 10 * CONTEXT, "Hello"]
+        answer = client.post(EMBED, json={"input": texts}).json()
+        assert client.post(EMBED, content=b'{"input": ["\\ud800"]}').status_code == 400
+    assert vectors.call_args_list == [call(texts)]
+    assert [one["embedding"] for one in answer["data"]] == [[1, 0, 0], [0, 1, 0]]
+    assert answer["usage"]["prompt_tokens"] == sum(len(tokenizer(text).input_ids) for text in texts)
+
+
 def test_while_the_model_is_loaded():
     """Asked in this process: a real server is too quick."""
 
@@ -615,6 +640,7 @@ def test_a_mistake_ends_with_one_line(flags, reason):
         (["--checkpoint", "nowhere.pth"], "no checkpoint at nowhere.pth"),
         (["--also", "twice"], "NAME=PATH"),
         (["--also", "minimind=x.pth"], "a name of its own"),
+        (["--also", "other="], "NAME=PATH"),
         (["--also", "other=nowhere.pth"], "no checkpoint at nowhere.pth"),
         (["--lora", "nowhere"], "nowhere"),
     ],

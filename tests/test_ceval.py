@@ -238,6 +238,7 @@ def test_results_of_another_checkpoint_are_kept(call, fail, tmp_path, tokenizer_
     assert f"data_dir {tmp_path / 'data'};" in fail("--data_dir", tmp_path / "cmmlu")
     assert "split val;" in fail("--split", "dev")
     assert "shots 0;" in fail("--shots", 2, "--name", "full_sft_32")
+    assert "max_seq_len 0;" in fail("--max_seq_len", 64)
     other = tmp_path / "elsewhere" / "full_sft_32.pth"
     save_weights(other, make_model(1), tokenizer_dir)
     before = (tmp_path / "results" / "full_sft_32" / "law.csv").read_bytes()
@@ -325,6 +326,8 @@ def test_mistakes_end_with_one_line(fail, data, tmp_path):
     assert "ceval-exam" in fail("--data_dir", tmp_path / "nowhere")
     assert "no checkpoint" in fail("--checkpoint", tmp_path / "nowhere.pth")
     assert "shots is -1" in fail("--shots", -1)
+    assert "worked examples, fewer than --shots 99" in fail("--shots", 99)
+    assert "fewer than 32 tokens" in fail("--max_seq_len", 4)
     assert "rope_scaling" in fail("--rope_scaling", 0)
     for file in (data / "dev").iterdir():
         file.unlink()

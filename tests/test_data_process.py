@@ -401,6 +401,8 @@ def test_all_does_not_pass_over_a_file_that_cannot_be_read(tmp_path, capsys, mon
     assert "mine.jsonl: bad 1: the file is GBK" in process_and_fail(capsys)
     named = write_jsonl(tmp_path / "table.jsonl", [{"a": 1}])
     assert "table.jsonl: none of" in process_and_fail(capsys, "--data_path", "dataset/sample", str(named))
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "今天天气很好"}])
+    assert "it holds data for pretrain" in process_and_fail(capsys, "sft", "--data_path", "dataset/sample", str(texts))
 
 
 def test_what_lies_in_dataset_comes_before_the_sample(tmp_path, monkeypatch, tokenizer_dir):

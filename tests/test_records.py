@@ -193,6 +193,8 @@ def test_only_the_first_places_are_kept_and_the_share_decides(tmp_path):
     assert places(account) == {"not JSON": [91, 92, 93, 94, 95]}
     assert account.lines()[0].startswith("bad 10: not JSON (first at ")
     account.check(0.1)
+    with pytest.raises(UserError, match="between 0 and 1"):
+        account.check(-1)
     with pytest.raises(UserError, match=r"10\.0% .*--max_bad_share 0\.09 .*:91\)"):
         account.check(0.09)
 
