@@ -112,8 +112,8 @@ def load(
     try:
         engines = {args.model_name: load_engine(args, STAGES, args.max_batch, args.max_queue)}
         for entry in args.also:
-            name, separator, path = entry.partition("=")
-            if not separator or not name or not path or name in engines:
+            name, _, path = entry.partition("=")
+            if not name or not path or name in engines:
                 raise UserError(f"--also {entry}: must be NAME=PATH, with a name of its own")
             other = replace(args, checkpoint=path, tokenizer="", lora="", rope_theta=None, n_heads=None)
             engines[name] = load_engine(other, STAGES, args.max_batch, args.max_queue)
