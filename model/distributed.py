@@ -1,10 +1,12 @@
 """One process or many: finds out which, joins them, and offers the few collective operations that training needs."""
 
+import atexit
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from .cli import UserError
 
 T = TypeVar("T")
+
+# Seconds that Python waits before it ends. DeepSpeed never lets go of its process groups, so gloo's threads outlive
+# them, and one that still has a tensor to free when Python is gone aborts the process (pytorch/pytorch#190489).
+LAST_MOMENT = 0.5
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ def launch(device: str = "auto") -> Iterator[Run]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world_size > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        join(chosen)
     run = Run(int(os.environ.get("RANK", 0)), world_size, chosen)
     try:
         yield run
@@ -114,12 +120,17 @@ def launch(device: str = "auto") -> Iterator[Run]:
             dist.destroy_process_group()
 
 
+def join(device: torch.device, **place: Any) -> None:
+    """Makes the group of processes: all that the launcher has started, if `place` does not say otherwise."""
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **place)
+    atexit.register(time.sleep, LAST_MOMENT)
+
+
 def join_alone(run: Run) -> None:
     """Makes one process a group of one, as DeepSpeed wants it, where no launcher has made a group."""
     if not dist.is_initialized():
         os.environ.setdefault("LOCAL_RANK", "0")
-        backend = "nccl" if run.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        join(run.device, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
