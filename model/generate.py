@@ -28,14 +28,6 @@ from .sampling import Sampler, Sampling, Token
 PROMPT_TOKENS_PER_STEP = 256  # read of new prompts: a long one must not hold up the answers that are running
 
 
-def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, positions_last: bool) -> Tensor:
-    """[slots, K, context, d]. In memory positions are last for the loops; PyTorch's attention wants features there."""
-    *outer, context, head_dim = shape
-    if positions_last:
-        return torch.zeros(*outer, head_dim, context, dtype=dtype, device=device).mT
-    return torch.zeros(shape, dtype=dtype, device=device)
-
-
 class SlotCache(Cache):
     """Keys and values of many sequences, [slots, K, context, d] of each layer, all allocated at once.
 
@@ -48,10 +40,8 @@ class SlotCache(Cache):
         head_dim = config.dim // config.n_heads
         # Zeros: what lies behind a sequence's end is masked, but has to be finite: weight 0 times NaN would be NaN.
         # A tensor a layer: a compiled model would copy all layers where one is written.
-        shape, positions_last = (slots, config.n_kv_heads, context, head_dim), takes_loops(model)
-        self.keys, self.values = (
-            [zeros(shape, model.dtype, model.device, positions_last) for _ in model.layers] for _ in range(2)
-        )
+        shape, kind = (slots, config.n_kv_heads, context, head_dim), dict(dtype=model.dtype, device=model.device)
+        self.keys, self.values = ([torch.zeros(shape, **kind) for _ in model.layers] for _ in range(2))
 
     def place(self, slots: slice, positions_BT: Tensor) -> None:
         """The next call brings tokens for these slots, at these positions ([B or 1, T])."""

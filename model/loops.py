@@ -128,43 +128,57 @@ def exp(x: np.float32) -> np.float32:
     return series * power_of_two
 
 
+@compiled
+def attend_to(keys_Sd: np.ndarray, values_Sd: np.ndarray, q_Gd: np.ndarray, y_Gd: np.ndarray) -> None:
+    """softmax(q kᵀ / √d) v, added to y, for the G query heads that share these keys and values.
+
+    Four positions at a time, a quarter of S apart, as in `product`: what has come from memory serves all G heads.
+    """
+    (S, d), G, quarter = keys_Sd.shape, len(q_Gd), (len(keys_Sd) + 3) // 4
+    weights_Gjs = np.empty((G, 4, quarter), f32)  # of the s-th position of the j-th quarter
+    for s in range(quarter):
+        places = one_of_each_quarter(s, S)
+        rows = keys_Sd[places[0]], keys_Sd[places[1]], keys_Sd[places[2]], keys_Sd[places[3]]
+        for g in range(G):
+            sums = sums_of_one(rows, q_Gd[g])
+            for j in range(4):
+                weights_Gjs[g, j, s] = sums[j]
+    for g in range(G):
+        softmax(weights_Gjs[g].ravel(), S, f32(1 / math.sqrt(d)))
+    for s in range(quarter):
+        places = one_of_each_quarter(s, S)
+        v0, v1, v2, v3 = values_Sd[places[0]], values_Sd[places[1]], values_Sd[places[2]], values_Sd[places[3]]
+        for g in range(G):
+            y, (w0, w1, w2, w3) = y_Gd[g], weights_Gjs[g, :, s]
+            for i in range(d):
+                y[i] += w0 * v0[i] + w1 * v1[i] + w2 * v2[i] + w3 * v3[i]
+
+
+@compiled
+def softmax(x: np.ndarray, S: int, factor: np.float32) -> None:
+    """Of factor · x, in place. What stands behind the first S numbers becomes 0."""
+    highest, total = x[:S].max(), f32(0)
+    for s in range(S):
+        x[s] = exp((x[s] - highest) * factor)
+        total += x[s]
+    x[:S] /= total
+    x[S:] = 0
+
+
 @compiled_for_all_cores
 def attend(
     q_BN: np.ndarray, k_BM: np.ndarray, v_BM: np.ndarray, keys: np.ndarray, values: np.ndarray, positions_B: np.ndarray
 ) -> np.ndarray:
-    """Stores k and v in the cache, [B, K, d, S] each, and returns softmax(q kᵀ / √d) v for all H heads, [B, H·d].
-
-    Positions stand last in the cache, so that loops over them read numbers that lie side by side.
-    """
-    K, d = keys.shape[1], keys.shape[2]
-    group = q_BN.shape[1] // (K * d)  # query heads that share a key/value head
-    y_BN, factor = np.empty_like(q_BN), f32(1 / math.sqrt(d))
-    for job in prange(len(q_BN) * K):
+    """Stores k and v in the cache, [B, K, S, d] each, and returns softmax(q kᵀ / √d) v for all H heads, [B, H·d]."""
+    B, (K, _, d) = len(q_BN), keys.shape[1:]
+    q_BKGd, k_BKd, v_BKd = q_BN.reshape(B, K, -1, d), k_BM.reshape(B, K, d), v_BM.reshape(B, K, d)
+    y_BKGd = np.zeros_like(q_BKGd)
+    for job in prange(B * K):
         b, head = job // K, job % K
         S = positions_B[b] + 1
-        for i in range(d):
-            keys[b, head, i, S - 1] = k_BM[b, head * d + i]
-            values[b, head, i, S - 1] = v_BM[b, head * d + i]
-        weights_S = np.empty(S, f32)
-        for first in range(head * group * d, (head + 1) * group * d, d):  # where each query head begins
-            weights_S[:] = 0
-            for i in range(d // 4):
-                i0, i1, i2, i3 = one_of_each_quarter(i, d)
-                q0, q1, q2, q3 = q_BN[b, first + i0], q_BN[b, first + i1], q_BN[b, first + i2], q_BN[b, first + i3]
-                k0, k1, k2, k3 = keys[b, head, i0], keys[b, head, i1], keys[b, head, i2], keys[b, head, i3]
-                for s in range(S):
-                    weights_S[s] += q0 * k0[s] + q1 * k1[s] + q2 * k2[s] + q3 * k3[s]
-            highest, total = weights_S.max(), f32(0)
-            for s in range(S):
-                weights_S[s] = exp((weights_S[s] - highest) * factor)
-                total += weights_S[s]
-            for i in range(d // 4):
-                i0, i1, i2, i3 = places = one_of_each_quarter(i, d)
-                rows = values[b, head, i0], values[b, head, i1], values[b, head, i2], values[b, head, i3]
-                sums = sums_of_one(rows, weights_S)
-                for j in range(4):
-                    y_BN[b, first + places[j]] = sums[j] / total
-    return y_BN
+        keys[b, head, S - 1], values[b, head, S - 1] = k_BKd[b, head], v_BKd[b, head]
+        attend_to(keys[b, head, :S], values[b, head, :S], q_BKGd[b, head], y_BKGd[b, head])
+    return y_BKGd.reshape(q_BN.shape)
 
 
 @compiled
@@ -203,9 +217,8 @@ def feed_forward(x_BD: np.ndarray, matrices: tuple[Matrix, Matrix, Matrix]) -> n
 
 
 def takes_loops(model: Transformer) -> bool:
-    """Whether `Decoder` is for this model: on a CPU, in float32, with heads whose width is a multiple of 4."""
-    head_dim = model.config.dim // model.config.n_heads
-    return model.device.type == "cpu" and model.dtype == torch.float32 and head_dim % 4 == 0
+    """Whether `Decoder` is for this model: on a CPU, in float32."""
+    return model.device.type == "cpu" and model.dtype == torch.float32
 
 
 class Decoder:
@@ -243,7 +256,7 @@ class Layer:
         attention = block.attention
         self.attention_norm, self.ffn_norm = array(block.attention_norm), array(block.ffn_norm)
         self.matrices = tuple(matrix(part) for part in (attention.wq, attention.wk, attention.wv, attention.wo))
-        self.cache = keys.mT.numpy(), values.mT.numpy()  # slots K d S
+        self.cache = keys.numpy(), values.numpy()  # slots K S d
         if isinstance(block.feed_forward, MoEFeedForward):
             self.feed_forward = Experts(block.feed_forward)
         else:
