@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+IGNORED_LABEL = -100  # of a token whose prediction is not trained, as in transformers
+
 PRESETS: dict[str, dict[str, Any]] = {
     "minimind-small-T": dict(dim=512, n_layers=8, vocab_size=6400),  # 26,878,464 parameters
     "minimind-small": dict(dim=640, n_layers=8, vocab_size=32000),  # 56,863,360

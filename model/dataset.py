@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .chat import Message, Turn, drop_oldest_turns, encode_turns
 from .cli import UserError
-from .gradients import IGNORED_LABEL
+from .LMConfig import IGNORED_LABEL
 from .tokenizer import tokenizer_hash
 
 

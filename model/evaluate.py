@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .dataset import Batch, Segment, SFTDataset, make_row, pack, stack, stack_rows
 from .distributed import Run
-from .gradients import IGNORED_LABEL
+from .LMConfig import IGNORED_LABEL
 from .model import Transformer
 from .tokenizer import encode_texts
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
+from .LMConfig import IGNORED_LABEL
 from .products import product_over
 
-IGNORED_LABEL = -100
 TOKENS_PER_CHUNK = 512  # of the loss: their logits (of 32,000 tokens: 66 MB) are the most that exist at once
 
 

@@ -25,7 +25,6 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .attention import Segments, attend_fused, attend_plainly, visible_keys
 from .gradients import (
-    IGNORED_LABEL,
     GateFunction,
     RMSNormFunction,
     SummedCrossEntropy,
@@ -34,7 +33,7 @@ from .gradients import (
     gradients_by_hand,
     kept_as_inputs,
 )
-from .LMConfig import LMConfig
+from .LMConfig import IGNORED_LABEL, LMConfig
 from .products import TOKEN_STEP, Linear
 
 # RoPE's rotations, made once a call: all that a compiled model has of complex numbers.

@@ -8,7 +8,7 @@ from conftest import make_model
 
 from model.distributed import Run
 from model.evaluate import score_documents, windows
-from model.gradients import IGNORED_LABEL
+from model.LMConfig import IGNORED_LABEL
 
 ALONE = Run(rank=0, world_size=1, device=torch.device("cpu"))
 SIZE = 16
