@@ -46,6 +46,11 @@ def one_of_each_quarter(i: int, n: int) -> tuple[int, int, int, int]:
 
 
 @compiled
+def rows_at(places: tuple[int, int, int, int], matrix: np.ndarray) -> Rows:
+    return matrix[places[0]], matrix[places[1]], matrix[places[2]], matrix[places[3]]
+
+
+@compiled
 def sums_of_one(rows: Rows, x: np.ndarray) -> tuple:
     """Four rows of a matrix times x."""
     w0, w1, w2, w3 = rows
@@ -77,7 +82,7 @@ def product(x: np.ndarray, matrix: Matrix) -> np.ndarray:
     y = np.empty((B, outputs), f32)
     for i in prange((outputs + 3) // 4):
         places = one_of_each_quarter(i, outputs)
-        rows = weight[places[0]], weight[places[1]], weight[places[2]], weight[places[3]]
+        rows = rows_at(places, weight)
         for b in range(0, B - 1, 2):
             one, other = sums_of_two(rows, x[b], x[b + 1])
             for j in range(4):
@@ -137,8 +142,7 @@ def attend_to(keys_Sd: np.ndarray, values_Sd: np.ndarray, q_Gd: np.ndarray, y_Gd
     (S, d), G, quarter = keys_Sd.shape, len(q_Gd), (len(keys_Sd) + 3) // 4
     weights_Gjs = np.empty((G, 4, quarter), f32)  # of the s-th position of the j-th quarter
     for s in range(quarter):
-        places = one_of_each_quarter(s, S)
-        rows = keys_Sd[places[0]], keys_Sd[places[1]], keys_Sd[places[2]], keys_Sd[places[3]]
+        rows = rows_at(one_of_each_quarter(s, S), keys_Sd)
         for g in range(G):
             sums = sums_of_one(rows, q_Gd[g])
             for j in range(4):
@@ -146,8 +150,7 @@ def attend_to(keys_Sd: np.ndarray, values_Sd: np.ndarray, q_Gd: np.ndarray, y_Gd
     for g in range(G):
         softmax(weights_Gjs[g].ravel(), S, f32(1 / math.sqrt(d)))
     for s in range(quarter):
-        places = one_of_each_quarter(s, S)
-        v0, v1, v2, v3 = values_Sd[places[0]], values_Sd[places[1]], values_Sd[places[2]], values_Sd[places[3]]
+        v0, v1, v2, v3 = rows_at(one_of_each_quarter(s, S), values_Sd)
         for g in range(G):
             y, (w0, w1, w2, w3) = y_Gd[g], weights_Gjs[g, :, s]
             for i in range(d):
