@@ -21,14 +21,17 @@ def mkl_is_slow() -> bool:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies matrices of bfloat16 in hardware: GPUs since Ampere, Intel's CPUs with AMX (2023).
+    """Whether the device multiplies matrices of bfloat16 in hardware: GPUs since Ampere, some CPUs.
 
-    Where PyTorch is told to do without AVX-512 (ATEN_CPU_CAPABILITY=avx2), it is to do without AMX, too.
+    Those are Intel's with AMX (Xeons since 2023) and AMD's since Zen 4 (2022), which have AVX512_BF16. Where PyTorch is
+    told to do without AVX-512 (ATEN_CPU_CAPABILITY=avx2), it is to do without these, too.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    amx = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
-    return amx and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    cpu = torch.cpu.get_capabilities()
+    return cpu.get("amx_bf16", False) or cpu.get("avx512_bf16", False)
 
 
 ONEDNN = torch.backends.mkldnn.is_available() and mkl_is_slow()

@@ -257,8 +257,9 @@ def test_longer_rows_teach_a_longer_context(data, tokenizer_dir, tmp_path):
     ("capabilities", "level", "expected"),
     [
         ({"amx_bf16": True}, "AVX512", torch.bfloat16),
-        ({"amx_bf16": True}, "AVX2", torch.float32),  # PyTorch is told to do without
-        ({"amx_bf16": False}, "AVX512", torch.float32),
+        ({"avx512_bf16": True}, "AVX512", torch.bfloat16),
+        ({"amx_bf16": True, "avx512_bf16": True}, "AVX2", torch.float32),  # PyTorch is told to do without
+        ({"amx_bf16": False, "avx512_bf16": False}, "AVX512", torch.float32),
         ({}, "DEFAULT", torch.float32),  # another architecture
     ],
 )
