@@ -5,7 +5,7 @@ VENV = .venv/bin
 
 .PHONY: demo demo-fast train-demo test test-all test-export lint unit
 
-# From nothing to a model that answers, in out/demo: some 14 minutes on 2 cores with AMX. Stopped, it goes on.
+# From nothing to a model that answers, in out/demo: 14 to 18 minutes on 2 cores with bfloat16. Stopped, it goes on.
 demo: train-demo
 	@echo "Weights, curves and answers are in $(DEMO). Next: train on your own data, see README.md."
 	@if [ -t 0 ]; then $(VENV)/python 2-eval.py --checkpoint $(DEMO)/dpo_256.pth --temperature 0; fi

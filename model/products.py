@@ -1,7 +1,7 @@
 """x Wᵀ, the product that nearly all work of the model is, at the speed that a CPU has.
 
-PyTorch hands float32 products on a CPU to MKL, which leaves AVX-512 unused on AMD's processors and so takes twice as
-long as it could there; oneDNN, which PyTorch brings along too, does not. Elsewhere MKL is about as fast or
+PyTorch hands float32 products on a CPU to MKL, which leaves AVX-512 unused on AMD's processors and so takes up to twice
+as long as it could there; oneDNN, which PyTorch brings along too, does not. Elsewhere MKL is about as fast or
 faster. There, on other devices, in other precisions, and wherever autocast chooses, all of this is plain F.linear.
 """
 

@@ -2,7 +2,7 @@
 
     python tests/bench/train_speed.py                        # minimind-small-T, 8 rows of 512 tokens
     python tests/bench/train_speed.py --compile              # ours compiled, too (a minute)
-    python tests/bench/train_speed.py --dtype bfloat16       # products in halves, as is the default on a CPU with AMX
+    python tests/bench/train_speed.py --dtype bfloat16       # products in halves, the default where hardware has them
     python tests/bench/train_speed.py --model minimind-moe   # beside our dense model with its activated parameters
 
 Each contestant is a process of its own; they take turns, a step each, while the others wait. All of them train full
