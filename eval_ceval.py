@@ -41,6 +41,8 @@ class Args(ModelOptions):
     compare: list[str] = field(default_factory=list)  # folders of results to put side by side; nothing is measured
     # A question's hundred tokens fill a CPU: 16 of them cost it more in padding than they gain.
     batch_size: int = 0  # questions scored at once; 0: 4 on a CPU, 16 on a GPU
+    # float32, so that every machine finds the same: rounded, an answer in hundreds is another one.
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; bfloat16 is faster where hardware has it
 
 
 def main(args: Args) -> None:
@@ -62,11 +64,13 @@ def main(args: Args) -> None:
 
 def measure(args: Args, engine: "Engine", subjects: dict[str, Path]) -> None:
     """Writes and prints the results of each subject, then those of all."""
+    import torch
     from tqdm import tqdm
 
     from model.choices import guess
     from model.records import Account
 
+    halves = torch.autocast(engine.model.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     context = args.max_seq_len or engine.context
     batch_size = args.batch_size or (4 if engine.model.device.type == "cpu" else 16)
     folder = result_folder(args, engine.path)
@@ -76,7 +80,8 @@ def measure(args: Args, engine: "Engine", subjects: dict[str, Path]) -> None:
     for subject, path in bar:
         questions, prompts = prompts_of(args, engine.tokenizer, subject, path, context, account)
         if questions:
-            guesses = guess(engine.model, prompts, batch_size)
+            with halves:
+                guesses = guess(engine.model, prompts, batch_size)
             results[subject] = list(zip(questions, prompts, guesses, strict=True))
             write_csv(folder / f"{subject}.csv", results[subject])
             right = sum(question.answer == one.letter for question, _, one in results[subject])
@@ -108,7 +113,7 @@ def result_folder(args: Args, checkpoint: Path) -> Path:
 def settings_of(args: Args, checkpoint: Path) -> dict[str, Any]:
     """What is measured, and on what, for the summary."""
     names = ("lora", "lora_scale", "quantize", "rope_scaling", "rope_theta", "n_heads")
-    names += ("data_dir", "split", "shots", "prompt_style", "max_seq_len")
+    names += ("data_dir", "split", "shots", "prompt_style", "max_seq_len", "dtype")
     return {"checkpoint": str(checkpoint), **{name: getattr(args, name) for name in names}}
 
 

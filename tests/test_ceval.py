@@ -223,6 +223,18 @@ def test_settings_have_folders_of_their_own_and_are_compared(call, fail, tmp_pat
     assert str(tmp_path / "nowhere") in fail("--compare", tmp_path / "nowhere")
 
 
+def test_products_in_bfloat16_are_asked_for_and_change_little(call, fail, tmp_path):
+    call()
+    assert "dtype float32;" in fail("--dtype", "bfloat16")
+    call("--dtype", "bfloat16", "--name", "halves")
+    exact, rounded = (
+        [float(row[f"p_{letter}"]) for row in csv.DictReader(text.splitlines()) for letter in LETTERS]
+        for text in ((tmp_path / "results" / name / "law.csv").read_text() for name in ("full_sft_32", "halves"))
+    )
+    assert exact != rounded
+    assert rounded == pytest.approx(exact, abs=0.05)
+
+
 def test_results_of_another_checkpoint_are_kept(call, fail, tmp_path, tokenizer_dir):
     call()
     adapter = get_peft_model(make_model(max_seq_len=256), LoraConfig(r=2, target_modules="all-linear"))

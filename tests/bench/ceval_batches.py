@@ -3,6 +3,7 @@
     python tests/bench/ceval_batches.py --checkpoint out/multi_chat/full_sft_512.pth --data_dir dataset/ceval
     python tests/bench/ceval_batches.py --shots 5 --subjects 2             # after five worked examples
     python tests/bench/ceval_batches.py --quantize int8                    # with 8-bit weights: the same answers?
+    python tests/bench/ceval_batches.py --dtype bfloat16                   # with products in halves: the same ones?
 
 One at a time: the model reads each prompt alone and from its beginning. Each way scores the same questions in turn,
 some rounds; medians of the seconds are printed, and of those of the processor, which count on a busy machine (with
@@ -33,6 +34,7 @@ class Args:
     shots: int = 0  # worked examples before each question
     batch_size: list[int] = field(default_factory=lambda: [1, 4, 16])  # questions scored at once
     quantize: Literal["none", "int8"] = "none"  # of the batches; one at a time is always in float32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the batches' products
     subjects: int = 12  # how many of them, evenly chosen
     rounds: int = 3  # how often to measure each
     threads: int = 0  # of PyTorch; 0: its own choice
@@ -49,11 +51,13 @@ def main(args: Args) -> None:
     model, tokenizer = load(args.checkpoint)
     prompts = read_prompts(args, tokenizer, model.config.max_seq_len)
     ways = {0: lambda: [one_alone(model, prompt) for part in prompts for prompt in part]}
+    halves = torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16")
     batched = copy.deepcopy(model)
     if args.quantize == "int8":
         quantize_to_int8(batched)
     for size in args.batch_size:
-        ways[size] = lambda size=size: [list(g.probabilities) for part in prompts for g in guess(batched, part, size)]
+        score = halves(lambda part, size=size: guess(batched, part, size))
+        ways[size] = lambda score=score: [list(g.probabilities) for part in prompts for g in score(part)]
     seconds: dict[int, list[tuple[float, float]]] = {size: [] for size in ways}
     found: dict[int, list[list[float]]] = {}
     for _ in range(args.rounds + 1):
