@@ -48,9 +48,12 @@ def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
-# The same under a name of its own: a compiler takes oneDNN's for weights that never change only.
-compiled_product = torch.library.custom_op("minimind::product", onednn_product, mutates_args=())
-compiled_product.register_fake(lambda x, weight: x.new_empty(*x.shape[:-1], len(weight)))
+# The same under a name of its own: a compiler takes oneDNN's for weights that never change only. A process may load a
+# copy of this file, too, from a saved folder: to define it twice would pull it away from under those that call it.
+if not hasattr(torch.ops.minimind, "product"):
+    definition = torch.library.custom_op("minimind::product", onednn_product, mutates_args=())
+    definition.register_fake(lambda x, weight: x.new_empty(*x.shape[:-1], len(weight)))
+compiled_product = torch.ops.minimind.product
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """The dense model against transformers' Llama, PyTorch's own functions, and itself in other arrangements."""
 
+import runpy
+
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_model
+from conftest import ROOT, make_model
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -435,6 +437,16 @@ def test_compiles_into_one_graph_that_computes_the_same(products, halves, use_mo
     else:
         torch.testing.assert_close(*losses)
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_a_copy_of_the_products_leaves_the_first_ones_in_place():
+    """As a saved folder brings one along: an operator defined a second time loses its first definition."""
+    file = ROOT / "model" / "products.py"
+    before = torch.ops.minimind.product.default
+    copied = runpy.run_path(str(file))
+    assert copied["compiled_product"].default is before
+    x, weight = torch.randn(3, 8), torch.randn(4, 8)
+    torch.testing.assert_close(copied["compiled_product"](x, weight), x @ weight.T)
 
 
 @pytest.mark.usefixtures("products")
