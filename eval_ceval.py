@@ -39,8 +39,7 @@ class Args(ModelOptions):
     result_dir: str = "ceval_result"  # where the results go, in a folder of the model's name
     name: str = ""  # that folder's name; empty: the checkpoint's, with adapter, style and shots where they matter
     compare: list[str] = field(default_factory=list)  # folders of results to put side by side; nothing is measured
-    # A question's hundred tokens fill a CPU: 16 of them cost it more in padding than they gain.
-    batch_size: int = 0  # questions scored at once; 0: 4 on a CPU, 16 on a GPU
+    batch_size: int = 8  # questions scored at once
     # float32, so that every machine finds the same: rounded, an answer in hundreds is another one.
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; bfloat16 is faster where hardware has it
 
@@ -49,7 +48,7 @@ def main(args: Args) -> None:
     from model.choices import find_subjects
     from model.engine import load_engine
 
-    for name, least in {"shots": 0, "batch_size": 0, "max_seq_len": 0}.items():
+    for name, least in {"shots": 0, "batch_size": 1, "max_seq_len": 0}.items():
         if getattr(args, name) < least:
             raise UserError(f"{name} is {getattr(args, name)}, but must be {least} or more")
     if 0 < args.max_seq_len < SHORTEST:
@@ -72,7 +71,6 @@ def measure(args: Args, engine: "Engine", subjects: dict[str, Path]) -> None:
 
     halves = torch.autocast(engine.model.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     context = args.max_seq_len or engine.context
-    batch_size = args.batch_size or (4 if engine.model.device.type == "cpu" else 16)
     folder = result_folder(args, engine.path)
     results: dict[str, list[tuple[Question, Prompt, Guess]]] = {}
     account = Account()
@@ -81,7 +79,7 @@ def measure(args: Args, engine: "Engine", subjects: dict[str, Path]) -> None:
         questions, prompts = prompts_of(args, engine.tokenizer, subject, path, context, account)
         if questions:
             with halves:
-                guesses = guess(engine.model, prompts, batch_size)
+                guesses = guess(engine.model, prompts, args.batch_size)
             results[subject] = list(zip(questions, prompts, guesses, strict=True))
             write_csv(folder / f"{subject}.csv", results[subject])
             right = sum(question.answer == one.letter for question, _, one in results[subject])

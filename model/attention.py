@@ -3,6 +3,7 @@
 Letters as in model.py: B batch, T time (queries), S keys, H query heads, K key/value heads, d width of a head.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -67,7 +68,7 @@ def takes_varlen(config: LMConfig, device: torch.device, dtype: torch.dtype, T: 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Segments | None, dropout: float) -> Tensor:
     """PyTorch's fused kernels (FlashAttention on a GPU): no [T, S] matrix in memory, no copies of k and v."""
     if isinstance(mask, Segments):
-        return attend_segments(q, k, v, mask)
+        return attend_segments(q, k, v, mask, attend_fused)
     # Branches, not values: a compiler that leaves sizes open can follow them.
     which = {"is_causal": True} if mask is None and q.shape[2] > 1 else {"attn_mask": mask}
     if q.shape[1] != k.shape[1]:
@@ -88,19 +89,37 @@ def without_groups(x: Tensor, q: Tensor) -> Tensor:
     return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
-def attend_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """The same without a mask, for segments of any length side by side."""
+def attend_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments, attend: Callable[..., Tensor]) -> Tensor:
+    """The same without a mask, for segments of any length side by side, by `attend` where each takes its turn.
+
+    Of a single row there may be more keys than queries, from a cache: those come before each of its segments.
+    """
     B, _, T, _ = q.shape
-    attend = segment_by_segment if q.device.type == "cpu" else all_segments_at_once
-    y = attend(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)), segments)  # B·T H d
+    past = k.shape[2] - T
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # B·T H d, B·(past + T) K d
+    if q.device.type == "cuda" and not past:
+        y = all_segments_at_once(q, k, v, segments)
+    else:
+        y = segment_by_segment(q, k, v, segments, attend)
     return y.unflatten(0, (B, T)).transpose(1, 2)
 
 
-def segment_by_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+@torch.compiler.disable  # it would make a program for all lengths that it meets
+def segment_by_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments, attend: Callable[..., Tensor]) -> Tensor:
     lengths = segments.cu_seq_lens.diff().tolist()
-    each = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
-    parts = [attend_fused(*(x.transpose(0, 1)[None] for x in one), None, 0.0) for one in each]  # 1 H t d
-    return torch.cat([part[0].transpose(0, 1) for part in parts])
+    past = len(k) - len(q)
+    parts = []
+    for one in zip(q.split(lengths), *(split_after(past, x, lengths) for x in (k, v)), strict=True):
+        one_q, one_k, one_v = (x.transpose(0, 1)[None] for x in one)  # 1 H t d, 1 K past+t d
+        mask = visible_keys(one_q.shape[2], past, None, None, q.device)
+        parts.append(attend(one_q, one_k, one_v, mask, 0.0)[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+def split_after(past: int, x: Tensor, lengths: list[int]) -> list[Tensor]:
+    """Parts of such lengths, each after a copy of the first `past` keys or values."""
+    beginning, *parts = x.split([past, *lengths])
+    return [torch.cat((beginning, part)) for part in parts] if past else parts
 
 
 def all_segments_at_once(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -109,8 +128,10 @@ def all_segments_at_once(q: Tensor, k: Tensor, v: Tensor, segments: Segments) ->
     return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=True)  # causal
 
 
-def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Segments | None, dropout: float) -> Tensor:
     """softmax(q kᵀ / √d) v, as in the textbook: what the fused kernel computes."""
+    if isinstance(mask, Segments):
+        return attend_segments(q, k, v, mask, attend_plainly)
     k, v = without_groups(k, q), without_groups(v, q)
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # B H T S
     if mask is None:

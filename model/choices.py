@@ -6,24 +6,23 @@ suffix, as CMMLU's do; columns question, A, B, C, D, answer, in any order and ca
 
 import copy
 import csv
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from .chat import encode, generation_prompt, header_ids
 from .cli import UserError
 from .model import Transformer
-from .products import TOKEN_STEP
+from .products import missing_tokens
 from .records import Account
 from .scoreboard import LETTERS
 from .tokenizer import encode_texts
 
-MOST_PADDING = 64  # tokens by which a question may grow, to be read faster
 INSTRUCTION = "以下是单项选择题，请选出其中的正确答案。"
 
 
@@ -103,14 +102,14 @@ def make_prompt(
 ) -> Prompt:
     """A question after its worked examples, in `style` chat (examples are earlier turns) or plain (one text).
 
-    Where the context of so many tokens is too short, examples are left out, the first ones first, and then the
-    question loses its beginning.
+    Where the context of so many tokens is too short, examples are left out, the last ones first, so that all prompts
+    of a subject begin alike; and then the question loses its beginning.
     """
     sequences = chat_sequences if style == "chat" else plain_sequences
-    for left_out in range(len(shots) + 1):
-        ids, letters = split_letters(sequences(tokenizer, question, shots[left_out:]))
+    for count in range(len(shots), -1, -1):
+        ids, letters = split_letters(sequences(tokenizer, question, shots[:count]))
         if len(ids) <= context:
-            return Prompt(ids, letters, len(shots) - left_out, 0)
+            return Prompt(ids, letters, count, 0)
     opening = 1 + (len(header_ids(tokenizer, "user")) if style == "chat" else 0)
     cut = len(ids) - context
     return Prompt(ids[:opening] + ids[opening + cut :], letters, 0, cut)
@@ -161,55 +160,56 @@ def split_letters(sequences: Sequence[list[int]]) -> tuple[list[int], list[int]]
 def guess(model: Transformer, prompts: Sequence[Prompt], batch_size: int) -> list[Guess]:
     """What the model thinks of each prompt, in their order.
 
-    Prompts with as many worked examples begin alike, most of them for hundreds of tokens: the model reads that
-    beginning once. What follows is scored in batches of like length.
+    The prompts of a subject begin with the same worked examples, as many as each has room for, mostly hundreds of
+    tokens: the model reads the longest of these beginnings once. What follows is scored in batches.
     """
     guesses: dict[int, Guess] = {}
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    most_shots = max(prompt.shots for prompt in prompts)
+    fullest = [prompt.ids[:-1] for prompt in prompts if prompt.shots == most_shots]
+    beginning = fullest[0][: common_length(fullest)]
+    ids_1T = torch.tensor([beginning], device=model.device)
+    cache = model(input_ids=ids_1T, use_cache=True, logits_to_keep=1).past_key_values
     for shots in {prompt.shots for prompt in prompts}:
-        group = [i for i in by_length if prompts[i].shots == shots]
-        beginning = common_beginning([prompts[i].ids for i in group])
-        ids_1T = torch.tensor([beginning], device=model.device)
-        cache = model(input_ids=ids_1T, use_cache=True, logits_to_keep=1).past_key_values
+        group = [i for i, prompt in enumerate(prompts) if prompt.shots == shots]
+        known = common_length([beginning, *(prompts[i].ids[:-1] for i in group)])
         for start in range(0, len(group), batch_size):
-            rows = group[start : start + batch_size]
-            guesses |= zip(rows, guess_batch(model, [prompts[i] for i in rows], cache), strict=True)
+            batch = group[start : start + batch_size]
+            guesses |= zip(batch, guess_batch(model, [prompts[i] for i in batch], cache, known), strict=True)
     return [guesses[i] for i in range(len(prompts))]
 
 
-def common_beginning(sequences: Sequence[list[int]]) -> list[int]:
-    """What all of them begin with, but of none of them its last id."""
-    length = 0
-    for ids in zip(*(sequence[:-1] for sequence in sequences), strict=False):
+def common_length(sequences: Sequence[list[int]]) -> int:
+    """How many ids all of them begin with."""
+    for length, ids in enumerate(zip(*sequences, strict=False)):
         if len(set(ids)) > 1:
-            break
-        length += 1
-    return sequences[0][:length]
+            return length
+    return min(map(len, sequences))
 
 
-def padded(length: int, rows: int) -> int:
-    """A length at which all rows together have a number of tokens that a CPU is fast with, if it is a little longer."""
-    step = TOKEN_STEP // math.gcd(TOKEN_STEP, rows)
-    return step * math.ceil(length / step) if step <= MOST_PADDING else length
-
-
-def guess_batch(model: Transformer, prompts: Sequence[Prompt], beginning: Cache) -> list[Guess]:
-    """Padding stands on the right, where no earlier token sees it, so it needs no mask.
+def guess_batch(model: Transformer, prompts: Sequence[Prompt], cache: Cache, known: int) -> list[Guess]:
+    """The prompts lie one after another, as segments of a single row, so that no product is spent on padding.
 
     Args:
-        beginning: the cache of a single row that has read what all prompts begin with; it stays as it is.
+        cache: of a row that has read what all prompts begin with; it stays as it is.
+        known: how many tokens of it that is, at least 1.
     """
-    known = beginning.get_seq_length()
-    cache = copy.deepcopy(beginning)
-    cache.batch_repeat_interleave(len(prompts))
-    lengths = torch.tensor([len(prompt.ids) - known for prompt in prompts])
-    ids_BT = torch.zeros(len(prompts), padded(int(lengths.max()), len(prompts)), dtype=torch.long)
-    for row, prompt in zip(ids_BT, prompts, strict=True):
-        row[: len(prompt.ids) - known] = torch.tensor(prompt.ids[known:])
-    output = model(input_ids=ids_BT.to(model.device), past_key_values=cache, logits_to_keep=1)
-    hidden_BTD = output.last_hidden_state
-    last_BD = hidden_BTD[torch.arange(len(prompts)), lengths - 1]
-    log_probabilities_BV = model.output(last_BD).double().log_softmax(-1).cpu()
+    cache = copy.deepcopy(cache)
+    cache.crop(known - cache.get_seq_length())
+    lengths = [len(prompt.ids) - known for prompt in prompts]
+    ends = torch.tensor(lengths).cumsum(0)
+    positions = torch.cat([torch.arange(known, known + length) for length in lengths])
+    ids = torch.tensor([id for prompt in prompts for id in prompt.ids[known:]])
+    missing = missing_tokens(len(ids), model.output.weight)  # they lengthen the last one, which does not see them
+    starts = F.pad(ends, (1, 0)).int()
+    starts[-1] += missing
+    output = model(
+        input_ids=F.pad(ids, (0, missing))[None].to(model.device),
+        position_ids=F.pad(positions, (0, missing))[None].to(model.device),
+        past_key_values=cache,
+        cu_seq_lens_q=starts.to(model.device),
+        logits_to_keep=ends - 1,
+    )
+    log_probabilities_BV = output.logits[0].double().log_softmax(-1).cpu()
     chosen = log_probabilities_BV.gather(1, torch.tensor([prompt.letters for prompt in prompts]))  # B 4
     return [
         Guess(tuple(among_them), any_letter)

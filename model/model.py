@@ -223,9 +223,15 @@ class Block(GradientCheckpointingLayer):
         mask: Tensor | Segments | None,
         real: Tensor | None,
         past_key_values: Cache | None,
+        only: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Returns x, and the routing's balance and load, one by one: only so does reentrant checkpointing see them."""
+        """Returns x, and the routing's balance and load, one by one: only so does reentrant checkpointing see them.
+
+        `only`: indices of the tokens that are needed after the attention, and returned; None: all.
+        """
         x = x + self.attention(self.attention_norm(x), turns, mask, past_key_values)
+        if only is not None:
+            x, real = x[:, only], None if real is None else real[:, only]
         if self.is_moe:
             y, routing = self.feed_forward(self.ffn_norm(x), real)
             return x + y, routing.balance, routing.load
@@ -328,7 +334,8 @@ class Transformer(PreTrainedModel, GenerationMixin):
             attention_mask: [B, S], 0 at padding (on either side), earlier tokens of the cache included.
             position_ids: [B, T]; packed segments (`visible_keys`) begin where one is not its predecessor plus one.
             labels: [B, T], the same as input_ids, -100 where nothing is to be learnt; shifted here.
-            logits_to_keep: how many of the last positions get logits, or their indices; 0 means all.
+            logits_to_keep: how many of the last positions get logits; 0 means all. Or the indices of those that do: the
+                last block then leaves out what it can of the others, and last_hidden_state all of them.
             num_items_in_batch: trained tokens of the global batch, which divide the summed loss; default: this call's.
             cu_seq_lens_q: [N + 1] of int32, where `takes_varlen`: the flattened batch's segments begin there, or end.
         """
@@ -337,16 +344,18 @@ class Transformer(PreTrainedModel, GenerationMixin):
             past_key_values = DynamicCache(config=self.config)
         placing = self.placing(x, attention_mask, position_ids, past_key_values, cu_seq_lens_q)
         x = F.dropout(x, self.config.dropout, self.training)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        leave_out = isinstance(kept, Tensor) and labels is None and not output_hidden_states
         hidden_states, balances, loads = [], [], []
         for layer in self.layers:
             if output_hidden_states:
                 hidden_states.append(x)
-            x, balance, load = layer(x, *placing, past_key_values=past_key_values)
+            only = kept if leave_out and layer is self.layers[-1] else None
+            x, balance, load = layer(x, *placing, past_key_values=past_key_values, only=only)
             balances.append(balance)
             loads.append(load)
         x = self.norm(x)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.output(x[:, kept]) if labels is None else None
+        logits = self.output(x if leave_out else x[:, kept]) if labels is None else None
         loss, aux_loss = (None, None) if labels is None else self.losses(x, labels, balances, num_items_in_batch)
         return LMOutput(
             loss=loss,

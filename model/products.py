@@ -75,6 +75,11 @@ def product_over(tokens: int, x: Tensor, weight: Tensor) -> Tensor:
     return product(x, weight) if usual else F.linear(x, weight)
 
 
+def missing_tokens(tokens: int, weight: Tensor) -> int:
+    """How many more tokens make their products with `weight` usual ones, where that matters."""
+    return -tokens % TOKEN_STEP if takes_onednn(weight) and tokens > FEW_TOKENS else 0
+
+
 class LinearFunction(torch.autograd.Function):
     """x Wᵀ and its gradients, which are products of the same kind."""
 

@@ -289,7 +289,7 @@ def test_segments_told_apart_by_where_they_begin(monkeypatch, kind):
     """As the mask's path, gradients, too; with a plain function in the place of FlashAttention."""
     if kind == "by FlashAttention":
         monkeypatch.setattr("model.attention.varlen_attn", causal_attention_of_each)
-        monkeypatch.setattr("model.attention.segment_by_segment", all_segments_at_once)
+        monkeypatch.setattr("model.attention.segment_by_segment", lambda *args: all_segments_at_once(*args[:4]))
     ours = make_model()
     positions = torch.tensor([[*range(7), *range(1), *range(12)], [*range(20)]])
     batch = dict(input_ids=random_ids(2, 20), position_ids=positions, labels=random_ids(2, 20))
@@ -349,12 +349,42 @@ def test_trailing_padding_changes_nothing():
     torch.testing.assert_close(padded.loss, alone)
 
 
-def test_logits_to_keep():
-    ours = make_model()
-    ids = random_ids(2, 10)
-    everything = ours(ids).logits
-    torch.testing.assert_close(ours(ids, logits_to_keep=3).logits, everything[:, -3:])
-    torch.testing.assert_close(ours(ids, logits_to_keep=torch.tensor([1, 4])).logits, everything[:, [1, 4]])
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_logits_to_keep(use_moe):
+    ours = make_model(use_moe=use_moe)
+    ids, mask = random_ids(2, 10), torch.ones(2, 10)
+    mask[1, 6:] = 0
+    everything = ours(ids, mask)
+    torch.testing.assert_close(ours(ids, mask, logits_to_keep=3).logits, everything.logits[:, -3:])
+    some = ours(ids, mask, logits_to_keep=torch.tensor([1, 4]))
+    torch.testing.assert_close(some.logits, everything.logits[:, [1, 4]])
+    torch.testing.assert_close(some.last_hidden_state, everything.last_hidden_state[:, [1, 4]])
+
+
+def test_logits_to_keep_leave_out_nothing_that_is_asked_for():
+    ours, ids, kept = make_model(), random_ids(2, 10), torch.tensor([1, 4])
+    everything = ours(ids, output_hidden_states=True)
+    some = ours(ids, output_hidden_states=True, logits_to_keep=kept)
+    torch.testing.assert_close(some.logits, everything.logits[:, kept])
+    torch.testing.assert_close(some.hidden_states, everything.hidden_states)
+    assert torch.equal(ours(ids, labels=ids, logits_to_keep=kept).loss, ours(ids, labels=ids).loss)
+
+
+@pytest.mark.parametrize("flash_attn", [True, False])
+def test_segments_may_share_what_is_in_the_cache(flash_attn):
+    """Each as if it alone went on after the beginning."""
+    ours = make_model(flash_attn=flash_attn)
+    beginning, first, second, third = random_ids(1, 9), random_ids(1, 1), random_ids(1, 6), random_ids(1, 4)
+    cache = ours(beginning, use_cache=True).past_key_values
+    together = ours(
+        torch.cat([first, second, third], 1),
+        position_ids=torch.tensor([[9, *range(9, 15), *range(9, 13)]]),
+        past_key_values=cache,
+        cu_seq_lens_q=torch.tensor([0, 1, 7, 11], dtype=torch.int32),
+    ).logits
+    for segment, logits in zip((first, second, third), together.split([1, 6, 4], 1), strict=True):
+        alone = ours(torch.cat([beginning, segment], 1)).logits[:, 9:]
+        torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-5)
 
 
 def test_residual_outputs_begin_smaller():

@@ -32,7 +32,7 @@ class Args:
     checkpoint: str = ""  # a .pth or a transformers folder; empty: random weights
     data_dir: str = "dataset/ceval"  # folder with dev/*.csv and val/*.csv
     shots: int = 0  # worked examples before each question
-    batch_size: list[int] = field(default_factory=lambda: [1, 4, 16])  # questions scored at once
+    batch_size: list[int] = field(default_factory=lambda: [1, 8, 32])  # questions scored at once
     quantize: Literal["none", "int8"] = "none"  # of the batches; one at a time is always in float32
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the batches' products
     subjects: int = 12  # how many of them, evenly chosen
