@@ -207,7 +207,7 @@ def guess_batch(model: Transformer, prompts: Sequence[Prompt], cache: Cache, kno
         position_ids=F.pad(positions, (0, missing))[None].to(model.device),
         past_key_values=cache,
         cu_seq_lens_q=starts.to(model.device),
-        logits_to_keep=ends - 1,
+        logits_to_keep=(ends - 1).to(model.device),
     )
     log_probabilities_BV = output.logits[0].double().log_softmax(-1).cpu()
     chosen = log_probabilities_BV.gather(1, torch.tensor([prompt.letters for prompt in prompts]))  # B 4
