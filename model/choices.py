@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from .chat import encode, generation_prompt, header_ids
 from .cli import UserError
+from .dataset import Segment, stack_rows
 from .model import Transformer
 from .products import missing_tokens
 from .records import Account
@@ -195,19 +196,16 @@ def guess_batch(model: Transformer, prompts: Sequence[Prompt], cache: Cache, kno
     """
     cache = copy.deepcopy(cache)
     cache.crop(known - cache.get_seq_length())
-    lengths = [len(prompt.ids) - known for prompt in prompts]
-    ends = torch.tensor(lengths).cumsum(0)
-    positions = torch.cat([torch.arange(known, known + length) for length in lengths])
-    ids = torch.tensor([id for prompt in prompts for id in prompt.ids[known:]])
-    missing = missing_tokens(len(ids), model.output.weight)  # they lengthen the last one, which does not see them
-    starts = F.pad(ends, (1, 0)).int()
-    starts[-1] += missing
+    rests = [np.array(prompt.ids[known:]) for prompt in prompts]
+    tokens = sum(map(len, rests))
+    segments = [Segment(ids, labels=ids) for ids in rests]
+    batch = stack_rows([segments], tokens + missing_tokens(tokens, model.output.weight), pad_id=0).to(model.device)
     output = model(
-        input_ids=F.pad(ids, (0, missing))[None].to(model.device),
-        position_ids=F.pad(positions, (0, missing))[None].to(model.device),
+        input_ids=batch.input_ids,
+        position_ids=known + batch.position_ids,
         past_key_values=cache,
-        cu_seq_lens_q=starts.to(model.device),
-        logits_to_keep=(ends - 1).to(model.device),
+        cu_seq_lens_q=batch.cu_seq_lens,
+        logits_to_keep=batch.cu_seq_lens[1 : len(prompts) + 1].long() - 1,
     )
     log_probabilities_BV = output.logits[0].double().log_softmax(-1).cpu()
     chosen = log_probabilities_BV.gather(1, torch.tensor([prompt.letters for prompt in prompts]))  # B 4

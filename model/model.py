@@ -338,6 +338,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
                 last block then leaves out what it can of the others, and last_hidden_state all of them.
             num_items_in_batch: trained tokens of the global batch, which divide the summed loss; default: this call's.
             cu_seq_lens_q: [N + 1] of int32, where `takes_varlen`: the flattened batch's segments begin there, or end.
+                Or for a single row with a cache: each of its segments comes after all that the cache holds.
         """
         x = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # B T D
         if use_cache and past_key_values is None:
@@ -345,17 +346,11 @@ class Transformer(PreTrainedModel, GenerationMixin):
         placing = self.placing(x, attention_mask, position_ids, past_key_values, cu_seq_lens_q)
         x = F.dropout(x, self.config.dropout, self.training)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        leave_out = isinstance(kept, Tensor) and labels is None and not output_hidden_states
-        hidden_states, balances, loads = [], [], []
-        for layer in self.layers:
-            if output_hidden_states:
-                hidden_states.append(x)
-            only = kept if leave_out and layer is self.layers[-1] else None
-            x, balance, load = layer(x, *placing, past_key_values=past_key_values, only=only)
-            balances.append(balance)
-            loads.append(load)
+        only = kept if isinstance(kept, Tensor) and labels is None and not output_hidden_states else None
+        hidden_states = [] if output_hidden_states else None
+        x, balances, loads = self.through_blocks(x, placing, past_key_values, only, hidden_states)
         x = self.norm(x)
-        logits = self.output(x if leave_out else x[:, kept]) if labels is None else None
+        logits = self.output(x[:, kept] if only is None else x) if labels is None else None
         loss, aux_loss = (None, None) if labels is None else self.losses(x, labels, balances, num_items_in_batch)
         return LMOutput(
             loss=loss,
@@ -366,6 +361,23 @@ class Transformer(PreTrainedModel, GenerationMixin):
             aux_loss=aux_loss,
             expert_load=torch.stack(loads) if self.config.use_moe else None,
         )
+
+    def through_blocks(
+        self, x: Tensor, placing: tuple, cache: Cache | None, only: Tensor | None, hidden_states: list[Tensor] | None
+    ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+        """x after the last block, there of the tokens `only`, if not None; and each block's balance and load.
+
+        hidden_states: a list takes x before each block.
+        """
+        balances, loads = [], []
+        for layer in self.layers:
+            if hidden_states is not None:
+                hidden_states.append(x)
+            only_here = only if layer is self.layers[-1] else None
+            x, balance, load = layer(x, *placing, past_key_values=cache, only=only_here)
+            balances.append(balance)
+            loads.append(load)
+        return x, balances, loads
 
     def placing(
         self,
